@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# From nothing to a LLaVA trained with a projector of your choice, on generated images, on whatever machine this is.
+# Usage: ./quickstart.sh [--mm_projector_type saep] [--world cells|free] [--seed N] [--output_dir DIR] ...   (--help lists all)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+. scripts/environment.sh
+
+use_environment
+exec python -m playground.quickstart "$@"

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Makes the environment, then runs the tests. Usage: ./test.sh [--slow] [arguments for pytest]
+#   --slow   the second tier alone: real launchers, whole training stages
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+. scripts/environment.sh
+
+tier="not slow"
+arguments=()
+for argument in "$@"; do
+    case $argument in
+        --slow) tier="slow" ;;
+        -h | --help) sed -n '2,3s/^# *//p' "$0"; exit 0 ;;
+        *) arguments+=("$argument") ;;
+    esac
+done
+
+use_environment
+# One thread per process: torch's threads spin while they wait, which wastes a small machine.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+say "Running the tests ($tier)"
+exec python -m pytest -m "$tier" --durations=10 "${arguments[@]+"${arguments[@]}"}"
