@@ -1,0 +1,81 @@
+"""The question file: one JSON object per line, LLaVA's fields plus the words that a right answer ends with."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_saep.errors import UserError
+
+DEFAULT_CATEGORY = "default"
+"""What LLaVA's own question files call their one category."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One line of a question file.
+
+    `image` is a path relative to the image folder, or None for a question about text alone.
+    `answer` holds the final words of a right answer, or None when the question is not to be scored.
+    """
+
+    question_id: str | int
+    text: str
+    image: str | None = None
+    category: str = DEFAULT_CATEGORY
+    answer: str | None = None
+    reference: str | None = None
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Read a question file, in the order of its lines.
+
+    Raises:
+        UserError: the file is absent or empty; a line is not a JSON object, lacks a field, or repeats a question_id.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file. --question_file names a file with one JSON object per line.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}).") from error
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    questions = [_parse_question(line, f"{path}, line {number}") for number, line in numbered]
+    if not questions:
+        raise UserError(f"{path}: holds no questions; expected one JSON object per line.")
+    seen: set[str | int] = set()
+    for question in questions:
+        if question.question_id in seen:
+            raise UserError(f"{path}: question_id {question.question_id!r} occurs twice; answers are matched by it.")
+        seen.add(question.question_id)
+    return questions
+
+
+def _parse_question(line: str, place: str) -> Question:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place}: is not JSON ({error}). A question file holds one JSON object per line.") from error
+    if not isinstance(record, Mapping):
+        raise UserError(f"{place}: expected a JSON object with question_id and text, found {type(record).__name__}.")
+    question_id = record.get("question_id")
+    if isinstance(question_id, bool) or not isinstance(question_id, str | int):
+        raise UserError(f"{place}: question_id must be a string or an integer, found {question_id!r}.")
+    return Question(
+        question_id=question_id,
+        text=_text_field(record, "text", place, required=True),
+        image=_text_field(record, "image", place),
+        category=_text_field(record, "category", place) or DEFAULT_CATEGORY,
+        answer=_text_field(record, "answer", place),
+        reference=_text_field(record, "reference", place),
+    )
+
+
+def _text_field(record: Mapping[str, Any], name: str, place: str, required: bool = False) -> Any:
+    value = record.get(name)
+    if value is None and not required:
+        return None
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{place}: {name} must be a text that is not empty, found {value!r}.")
+    return value
