@@ -1,0 +1,1 @@
+"""From LLaVA's conversation files to batches: templates, labels, images, data set, collator, sampler."""
