@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
-import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -92,7 +91,7 @@ def processed_image_size(image_processor: ImageProcessor) -> tuple[int, int]:
 
 
 def expand_to_square(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """Centre an RGB image on a square of its longer side; an odd margin is larger at the bottom or right, as LLaVA's."""
+    """Centre an RGB image on a square of its longer side; of an odd margin, bottom or right get the larger half."""
     width, height = image.size
     if width == height:
         return image
@@ -151,8 +150,8 @@ def _refuse_huge(path: str | os.PathLike[str], size: tuple[int, int]) -> None:
 def _refuse_thin(size: tuple[int, int]) -> None:
     """Refuse images that are cheap to store but whose square or short-edge resize would fill the memory."""
     width, height = size
-    if max(size) > MAX_SIDE_RATIO * min(size) and max(size) > 2_000:
+    if max(size) > MAX_SIDE_RATIO * min(size):
         raise UserError(
-            f"an image of {width} x {height} pixels is too thin: its sides may differ by a factor of "
-            f"{MAX_SIDE_RATIO} at most"
+            f"an image of {width} x {height} pixels is too thin to be resized: its sides may differ by a "
+            f"factor of {MAX_SIDE_RATIO} at most"
         )

@@ -1,0 +1,358 @@
+"""The training data set: records to token ids, labels and pixel values.
+
+Everything that can be wrong with a record and seen without opening its image is found when the data set is made;
+damaged images are found when they are read. Lengths never need an image, since every image has the same token count.
+"""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from llava_saep.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
+from llava_saep.data.conversation import Segment, segments_text
+from llava_saep.data.images import (
+    ImageProcessor,
+    check_aspect_ratio,
+    load_image,
+    preprocess_image,
+    processed_image_size,
+)
+from llava_saep.data.progress import show_progress
+from llava_saep.data.records import (
+    CAUSES,
+    IMAGE_CUT,
+    MISSING_IMAGE,
+    NO_SUPERVISED_TOKEN,
+    NOT_A_CAPTION,
+    UNREADABLE_IMAGE,
+    BadSampleError,
+    Record,
+    bad_sample,
+    read_records,
+)
+from llava_saep.data.templates import ConversationTemplate
+from llava_saep.data.tokenization import Encoded, Tokenizer, count_text_tokens, encode_segments
+from llava_saep.errors import UserError
+from projectors import PatchGrid
+
+__all__ = ["BadSampleError", "ConversationDataset", "DataReport", "check_data", "read_records"]
+
+logger = logging.getLogger(__name__)
+
+OnBadSample = Literal["error", "skip"]
+
+FILES_WORTH_LISTING = 100
+"""From this many images in one folder on, listing the folder is cheaper than asking for each file."""
+
+T = TypeVar("T")
+
+
+class ConversationDataset(Dataset[dict[str, Tensor]]):
+    """LLaVA-format conversations as samples for training.
+
+    With on_bad_sample "skip", samples that are known to be unusable when the data set is made are left out (they do
+    not count in len), and one whose image turns out to be damaged is replaced by the next usable one, so that the
+    same index always gives the same sample. `skipped` counts both.
+    """
+
+    def __init__(
+        self,
+        data_path: str | os.PathLike[str],
+        image_folder: str | os.PathLike[str] | None,
+        *,
+        tokenizer: Tokenizer,
+        image_processor: ImageProcessor,
+        image_aspect_ratio: str,
+        template: ConversationTemplate,
+        num_image_tokens: Callable[[PatchGrid], int],
+        patch_size: int,
+        image_token_id: int,
+        max_length: int,
+        on_bad_sample: OnBadSample = "error",
+        use_im_start_end: bool = False,
+    ) -> None:
+        """
+        Args:
+            data_path: LLaVA's JSON list, or .jsonl.
+            image_folder: what the records' image paths are relative to; None means the working directory.
+            num_image_tokens: tokens that the projector makes of a grid of patches.
+            patch_size: side of the tower's patches in pixels.
+            max_length: longest sample in tokens, images included; the rest is cut off on the right.
+            on_bad_sample: "error" raises at the first sample that cannot be used, "skip" goes on without it.
+        Raises:
+            UserError: the file cannot be read, an option is unknown, no sample can be used, or (with "error") a
+                sample cannot be used.
+        """
+        if on_bad_sample not in get_args(OnBadSample):
+            raise UserError(f"unknown on_bad_sample {on_bad_sample!r}; known: {', '.join(get_args(OnBadSample))}")
+        if max_length < 1:
+            raise UserError(f"max_length is {max_length}; it must be at least 1 token")
+        check_aspect_ratio(image_aspect_ratio)
+        self.data_path = os.fspath(data_path)
+        self.image_folder = os.fspath(image_folder) if image_folder is not None else ""
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.image_aspect_ratio = image_aspect_ratio
+        self.template = template
+        self.image_token_id = image_token_id
+        self.max_length = max_length
+        self.on_bad_sample = on_bad_sample
+        self.image_size = processed_image_size(image_processor)
+        height, width = self.image_size
+        self.num_tokens_per_image = num_image_tokens(PatchGrid(height // patch_size, width // patch_size))
+        # Shared memory, so that what worker processes skip is counted too.
+        self._skip_counts = torch.zeros(len(CAUSES), dtype=torch.long).share_memory_()
+        self._records = self._read_usable_records(use_im_start_end)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return input_ids (T,), labels (T,) and, unless the sample is text only, pixel_values (images, 3, H, W).
+
+        Raises:
+            IndexError: `index` is outside the data set.
+            BadSampleError: the sample cannot be used and on_bad_sample is "error".
+            UserError: with "skip", no sample can be used.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} of a data set with {len(self)} samples")
+        for offset in range(len(self)):
+            try:
+                return self.load_sample((index + offset) % len(self))
+            except BadSampleError as error:
+                if self.on_bad_sample == "error":
+                    raise
+                self._count_skip(error)
+        raise UserError(f"{self.data_path}: no sample can be used; {_describe_counts(self.skipped)}")
+
+    def load_sample(self, index: int) -> dict[str, Tensor]:
+        """Return the sample at `index` itself, whatever on_bad_sample says.
+
+        Raises:
+            BadSampleError: it cannot be used.
+        """
+        record = self._records[index]
+        encoded, num_images = self._encode(record)
+        sample = {"input_ids": torch.tensor(encoded.input_ids), "labels": torch.tensor(encoded.labels)}
+        if num_images:
+            sample["pixel_values"] = torch.stack(
+                [self._load_pixels(record, name) for name in record.images[:num_images]]
+            )
+        return sample
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How often a sample was left out or replaced so far, in all worker processes, by cause."""
+        counts = zip(CAUSES, self._skip_counts.tolist(), strict=True)
+        return {cause: count for cause, count in counts if count}
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each sample, cut to max_length. First use tokenises all texts; no image is opened."""
+        lengths = []
+        batches = list(_batches(self._records, 1_000))
+        for batch in show_progress(batches, "Tokenising for lengths", "thousand samples"):
+            texts = [segments_text(self.template.render(record.turns)) for record in batch]
+            for record, num_text_tokens in zip(batch, count_text_tokens(texts, self.tokenizer), strict=True):
+                num_tokens = num_text_tokens + len(record.images) * self.num_tokens_per_image
+                lengths.append(min(num_tokens, self.max_length))
+        return lengths
+
+    @property
+    def modality_lengths(self) -> list[int]:
+        """`lengths`, negative for text-only samples (LLaVA's convention for grouping by modality)."""
+        pairs = zip(self._records, self.lengths, strict=True)
+        return [length if record.images else -length for record, length in pairs]
+
+    def _read_usable_records(self, use_im_start_end: bool) -> list[Record]:
+        """Read the file and find every problem that shows without opening an image."""
+        errors: list[BadSampleError] = []
+        records = read_records(self.data_path, use_im_start_end=use_im_start_end, on_bad_record=errors.append)
+        missing_images = self._find_missing_images(records)
+        usable = []
+        for record in show_progress(records, "Checking records", "records"):
+            error = self._find_problem(record, missing_images)
+            if error is None:
+                usable.append(record)
+            else:
+                errors.append(error)
+        self._report_bad_records(errors)
+        if not usable:
+            raise UserError(f"{self.data_path}: no sample can be used; {_describe_counts(self.skipped)}")
+        return usable
+
+    def _report_bad_records(self, errors: list[BadSampleError]) -> None:
+        """Raise the first problem, or count all and sum them in one warning."""
+        if not errors:
+            return
+        errors.sort(key=lambda error: error.source.index)
+        counts = Counter(error.cause for error in errors)
+        if self.on_bad_sample == "error":
+            rest = (
+                "" if len(errors) == 1 else f" In all {len(errors)} samples cannot be used: {_describe_counts(counts)}."
+            )
+            advice = "Correct the data, or leave such samples out with --on_bad_sample skip."
+            first = errors[0]
+            problem = str(first).removeprefix(f"{first.source}: ")
+            raise bad_sample(first.source, first.cause, f"{problem}.{rest} {advice}")
+        for error in errors:
+            logger.debug("left out: %s", error)
+            self._skip_counts[CAUSES.index(error.cause)] += 1
+        logger.warning(
+            "%s: %d samples left out (%s); the first: %s",
+            self.data_path,
+            len(errors),
+            _describe_counts(counts),
+            errors[0],
+        )
+
+    def _find_problem(self, record: Record, missing_images: set[str]) -> BadSampleError | None:
+        """Return what is wrong with a record as far as that can be known without its images."""
+        for name in record.images:
+            if name in missing_images:
+                path = os.path.join(self.image_folder, name)
+                return bad_sample(record.source, MISSING_IMAGE, f"its image {path} does not exist")
+        if self.template.single_exchange and (len(record.turns) != 2 or not record.images):
+            return bad_sample(
+                record.source,
+                NOT_A_CAPTION,
+                f"template {self.template.name!r} needs one turn with {DEFAULT_IMAGE_TOKEN} and one answer, it has "
+                f"{len(record.turns)} turns and {len(record.images)} images",
+            )
+        try:
+            if self._may_lose_what_matters(record):
+                self._encode(record)
+        except BadSampleError as error:
+            return error
+        return None
+
+    def _may_lose_what_matters(self, record: Record) -> bool:
+        """Whether cutting to max_length could reach an image or the first answer, by an upper bound on token counts.
+
+        No tokenizer makes more tokens than UTF-8 bytes, but for a dummy prefix or two per chunk; tokenising
+        everything here would take minutes on large data sets.
+        """
+        text = ""
+        bound = 2
+        for segment in self.template.render(record.turns):
+            text += segment.text
+            if segment.is_target or DEFAULT_IMAGE_TOKEN in segment.text:
+                bound = 2 + len(text.encode()) + len(record.images) * (self.num_tokens_per_image + 2)
+            if segment.is_target and text.count(DEFAULT_IMAGE_TOKEN) == len(record.images):
+                break
+        return bound > self.max_length
+
+    def _encode(self, record: Record) -> tuple[Encoded, int]:
+        """Tokenise and cut to max_length -> (encoded, how many of the record's images are left).
+
+        Raises:
+            BadSampleError: the cut goes through an image, or leaves nothing to learn.
+        """
+        segments: list[Segment] = self.template.render(record.turns)
+        counts = [self.num_tokens_per_image] * len(record.images)
+        encoded = encode_segments(segments, self.tokenizer, counts, self.image_token_id)
+        num_tokens = len(encoded.input_ids)
+        for start, end in encoded.image_spans:
+            if start < self.max_length < end:
+                raise bad_sample(
+                    record.source,
+                    IMAGE_CUT,
+                    f"has {num_tokens} tokens and would be cut at {self.max_length} inside an image that takes "
+                    f"positions {start} to {end}; raise --model_max_length",
+                )
+        encoded = Encoded(*(part[: self.max_length] for part in encoded[:2]), encoded.image_spans)
+        if all(label == IGNORE_INDEX for label in encoded.labels):
+            raise bad_sample(
+                record.source,
+                NO_SUPERVISED_TOKEN,
+                f"has no token to learn among its first {self.max_length} of {num_tokens}; raise --model_max_length",
+            )
+        return encoded, sum(end <= self.max_length for _, end in encoded.image_spans)
+
+    def _load_pixels(self, record: Record, name: str) -> Tensor:
+        try:
+            image = load_image(os.path.join(self.image_folder, name))
+            return preprocess_image(image, self.image_processor, self.image_aspect_ratio)
+        except UserError as error:
+            raise bad_sample(record.source, UNREADABLE_IMAGE, str(error)) from error
+
+    def _find_missing_images(self, records: Sequence[Record]) -> set[str]:
+        """Return the image names of all records for which there is no file."""
+        names_by_folder: dict[str, set[str]] = {}
+        for record in records:
+            for name in record.images:
+                names_by_folder.setdefault(os.path.dirname(name), set()).add(name)
+        missing = set()
+        for folder, names in show_progress(names_by_folder.items(), "Looking for images", "folders"):
+            names -= self._listed_files(folder) if len(names) >= FILES_WORTH_LISTING else set()
+            missing |= {name for name in names if not os.path.isfile(os.path.join(self.image_folder, name))}
+        return missing
+
+    def _listed_files(self, folder: str) -> set[str]:
+        """Return what a folder holds, named relative to the image folder; nothing when it cannot be read."""
+        try:
+            return {os.path.join(folder, name) for name in os.listdir(os.path.join(self.image_folder, folder) or ".")}
+        except OSError:
+            return set()
+
+    def _count_skip(self, error: BadSampleError) -> None:
+        cause = CAUSES.index(error.cause)
+        log = logger.debug if self._skip_counts[cause] else logger.warning
+        log("skipped, the next usable sample takes its place (later ones are counted): %s", error)
+        self._skip_counts[cause] += 1
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What check_data found.
+
+    Attributes:
+        num_usable: samples that load.
+        counts: unusable samples by cause.
+        examples: the first message of each cause.
+    """
+
+    num_usable: int
+    counts: Counter[str]
+    examples: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.num_usable} samples can be used, {self.counts.total()} cannot"]
+        lines += [f"  {count} x {cause}, e.g. {self.examples[cause]}" for cause, count in self.counts.most_common()]
+        return "\n".join(lines)
+
+
+def check_data(dataset: ConversationDataset) -> DataReport:
+    """Load every sample of a data set once, images included, and report what cannot be used.
+
+    Make the data set with on_bad_sample "skip"; what it left out when it was made is counted as well.
+    """
+    counts = Counter(dataset.skipped)
+    examples = dict.fromkeys(counts, "left out when the data set was made")
+    num_usable = 0
+    for index in show_progress(range(len(dataset)), "Checking samples", "samples"):
+        try:
+            dataset.load_sample(index)
+            num_usable += 1
+        except BadSampleError as error:
+            counts[error.cause] += 1
+            examples.setdefault(error.cause, str(error))
+    return DataReport(num_usable, counts, examples)
+
+
+def _describe_counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} x {cause}" for cause, count in counts.items())
+
+
+def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
