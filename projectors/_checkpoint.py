@@ -1,0 +1,140 @@
+"""Weights of a projector from any file that holds them, and initialisation where parameters are partitioned.
+
+A state dict may carry any prefix (`model.mm_projector.`, `multi_modal_projector.`, ...) and either this package's keys
+or the original implementation's. Nothing is loaded unless every parameter has exactly one tensor of its shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from ._base import Projector
+from ._errors import ProjectorError
+from .layers.initialization import is_partitioned
+
+CHECKPOINT_MARKERS = (
+    "mm_projector",
+    "multi_modal_projector",
+    "abstractor",
+    "_connector",
+    "connector",
+    "vision_resampler",
+    "projector",
+    "mlp1",
+    "merger",
+)
+"""Names under which the field's checkpoints keep a projector, most specific first."""
+
+_MAX_KEYS_NAMED = 6
+
+
+def load_projector_state_dict(projector: Projector, state_dict: Mapping[str, Tensor]) -> None:
+    """Copy weights into a projector; dtype and device of the projector stay.
+
+    Args:
+        state_dict: the projector's tensors under any prefix, or a whole model's in which the projector has one of
+            the prefixes in CHECKPOINT_MARKERS. Keys of the original implementation are converted.
+    Raises:
+        ProjectorError: a tensor is missing, unknown or misshapen (named, with both shapes); nothing has been loaded.
+    """
+    with gathered_parameters(projector):
+        converted = _best_reading(projector, state_dict)
+        _check_keys(projector, converted)
+        _check_shapes(projector, converted)
+        is_meta = any(parameter.is_meta for parameter in projector.parameters())
+        projector.load_state_dict(converted, strict=True, assign=is_meta)
+
+
+def initialize_projector(projector: Projector) -> None:
+    """`reset_parameters`, also where ZeRO-3 has partitioned the parameters; every rank must call it then."""
+    with gathered_parameters(projector):
+        projector.reset_parameters()
+
+
+@contextmanager
+def gathered_parameters(module: nn.Module) -> Iterator[None]:
+    """Whole parameters inside the block under ZeRO-3, rank 0's values everywhere after it; otherwise nothing."""
+    partitioned = [parameter for parameter in module.parameters() if is_partitioned(parameter)]
+    if not partitioned:
+        yield
+        return
+    import deepspeed  # already imported by whoever partitioned the parameters
+
+    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0):
+        yield
+
+
+def _best_reading(projector: Projector, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict without its prefix, in this module's keys: the first exact match, or the nearest miss."""
+    expected = set(projector.state_dict())
+    nearest: dict[str, Tensor] | None = None
+    for prefix in _candidate_prefixes(state_dict):
+        stripped = {key[len(prefix) :]: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
+        for reading in (stripped, projector.convert_original_state_dict(stripped)):
+            if set(reading) == expected:
+                return dict(reading)
+            if nearest is None or len(set(reading) ^ expected) < len(set(nearest) ^ expected):
+                nearest = dict(reading)
+    return nearest if nearest is not None else {}
+
+
+def _candidate_prefixes(state_dict: Mapping[str, Tensor]) -> list[str]:
+    """Prefixes worth trying: up to a marker, then what all keys share, shorter and shorter, down to none."""
+    candidates: dict[str, None] = {}
+    for marker in CHECKPOINT_MARKERS:
+        for key in state_dict:
+            parts = key.split(".")
+            for position, part in enumerate(parts[:-1]):
+                if part == marker:
+                    candidates[".".join(parts[: position + 1]) + "."] = None
+    shared = _shared_parts(state_dict)
+    for length in range(len(shared), 0, -1):
+        candidates[".".join(shared[:length]) + "."] = None
+    candidates[""] = None
+    return list(candidates)
+
+
+def _shared_parts(state_dict: Mapping[str, Tensor]) -> list[str]:
+    """The dotted components that every key begins with, never the last component of a key."""
+    paths = [key.split(".")[:-1] for key in state_dict]
+    shared = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return shared
+
+
+def _check_keys(projector: Projector, converted: Mapping[str, Tensor]) -> None:
+    expected = projector.state_dict()
+    missing = [key for key in expected if key not in converted]
+    unexpected = [key for key in converted if key not in expected]
+    if missing or unexpected:
+        raise ProjectorError(
+            f"these weights are not those of {type(projector).__name__} as configured. Missing: {_listing(missing)}. "
+            f"Unexpected: {_listing(unexpected)}. Check the projector's name and options against the checkpoint."
+        )
+
+
+def _check_shapes(projector: Projector, converted: Mapping[str, Tensor]) -> None:
+    wrong = [
+        f"{key} is {tuple(converted[key].shape)}, expected {tuple(tensor.shape)}"
+        for key, tensor in projector.state_dict().items()
+        if converted[key].shape != tensor.shape
+    ]
+    if wrong:
+        raise ProjectorError(
+            f"these weights do not fit {type(projector).__name__} as configured: {'; '.join(wrong[:_MAX_KEYS_NAMED])}"
+            f"{f' and {len(wrong) - _MAX_KEYS_NAMED} more' if len(wrong) > _MAX_KEYS_NAMED else ''}. "
+            "Check the projector's options and the widths of the two models against the checkpoint."
+        )
+
+
+def _listing(keys: list[str]) -> str:
+    if not keys:
+        return "none"
+    rest = len(keys) - _MAX_KEYS_NAMED
+    return ", ".join(keys[:_MAX_KEYS_NAMED]) + (f" and {rest} more" if rest > 0 else "")

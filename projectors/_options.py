@@ -1,0 +1,256 @@
+"""Projector options: typed by the fields of a config dataclass, checked once, and readable from a command line.
+
+Every entry point (command line, JSON file, Python call, stored checkpoint) goes through the same conversion, so an
+option means the same thing everywhere and a wrong one is refused with its name, its value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple, Union
+
+from ._errors import ProjectorError
+
+WIDTH_FIELDS = ("vision_hidden_size", "text_hidden_size")
+"""Config fields that the models decide, so that they are never options."""
+
+_BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+_NONE_WORDS = ("none", "null")
+
+
+class OptionInfo(NamedTuple):
+    """One option of a projector, for help texts and tables."""
+
+    name: str
+    type: str
+    default: Any
+    help: str
+
+
+def option(default: Any, help: str, *, minimum: float | None = None, maximum: float | None = None) -> Any:
+    """Declare a config field with its help text and, for numbers (or each entry of a tuple), its range."""
+    return dataclasses.field(default=default, metadata={"help": help, "minimum": minimum, "maximum": maximum})
+
+
+def option_fields(config_class: type) -> dict[str, dataclasses.Field]:
+    """The fields of a config that a user may set, by name, in declaration order."""
+    return {field.name: field for field in dataclasses.fields(config_class) if field.name not in WIDTH_FIELDS}
+
+
+def describe_options(config_class: type) -> tuple[OptionInfo, ...]:
+    """Name, type, default and help of each option, in declaration order."""
+    hints = typing.get_type_hints(config_class)
+    return tuple(
+        OptionInfo(name, describe_type(hints[name]), field.default, field.metadata.get("help", ""))
+        for name, field in option_fields(config_class).items()
+    )
+
+
+def describe_type(hint: Any) -> str:
+    """A type as a sentence has it: `int`, `one of 1, 2, 3`, `list of int`, `int or none`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(str(argument) for argument in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join("none" if argument is type(None) else describe_type(argument) for argument in arguments)
+    if origin is tuple:
+        if arguments[-1] is Ellipsis:
+            return f"list of {describe_type(arguments[0])}"
+        return f"{len(arguments)} values: " + ", ".join(describe_type(argument) for argument in arguments)
+    return {bool: "true or false"}.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def parse_projector_options(text: str) -> dict[str, Any]:
+    """Read `--mm_projector_options`: a JSON object, or `key=value,key=value` with tuples as `1|2|3` or `[1, 2, 3]`.
+
+    Values of the second form stay strings; `select_projector` converts them by the option's type.
+
+    Raises:
+        ProjectorError: the text is neither form, or names an option twice.
+    """
+    text = text.strip()
+    if not text:
+        return {}
+    if text.startswith("{"):
+        return _parse_json_options(text)
+    options: dict[str, Any] = {}
+    for item in _split_outside_brackets(text):
+        key, separator, value = (part.strip() for part in item.partition("="))
+        if not separator or not key:
+            raise ProjectorError(
+                f"projector options {text!r}: {item!r} is not key=value. "
+                'Write key=value,key=value (a list as 1|2|3) or a JSON object such as {"stride": 3}.'
+            )
+        if key in options:
+            raise ProjectorError(f"projector options {text!r}: option {key!r} is given twice")
+        options[key] = value
+    return options
+
+
+def convert_options(projector_name: str, config_class: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Check option names and convert each value to its field's type.
+
+    Args:
+        options: JSON values, tuples, or strings as a command line has them.
+    Returns:
+        JSON-able values (tuples become lists).
+    Raises:
+        ProjectorError: unknown option (with the nearest names), wrong type, value outside the range.
+    """
+    hints = typing.get_type_hints(config_class)
+    fields = option_fields(config_class)
+    converted = {}
+    for name, value in options.items():
+        if name not in fields:
+            raise ProjectorError(
+                unknown_name_message(f"option of projector {projector_name!r}", name, fields, "Options")
+            )
+        if name == "vision_layers" and isinstance(value, str):
+            value = config_class.layer_presets.get(value, value)
+        label = f"projector {projector_name!r}, option {name!r}"
+        converted[name] = _to_json(convert_value(label, value, hints[name], fields[name].metadata))
+    return converted
+
+
+def convert_value(label: str, value: Any, hint: Any, metadata: Mapping[str, Any], from_text: bool = True) -> Any:
+    """One value as its declared type; strings are read as text of that type unless `from_text` is false."""
+    converted = _convert(value, hint, from_text)
+    if converted is _REFUSED:
+        raise ProjectorError(f"{label}: got {value!r} ({type(value).__name__}), expected {describe_type(hint)}")
+    _check_range(label, converted, metadata)
+    return converted
+
+
+def check_fields(config: Any) -> None:
+    """Check every field of a frozen config against its declared type and range, turning lists into tuples."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        label = f"{type(config).__name__}.{field.name}"
+        value = convert_value(label, getattr(config, field.name), hints[field.name], field.metadata, from_text=False)
+        object.__setattr__(config, field.name, value)
+
+
+def unknown_name_message(kind: str, name: str, known: Iterable[str], listing: str) -> str:
+    """`unknown KIND 'sape'. Did you mean 'saep'? LISTING: ...`"""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"unknown {kind}: {name!r}.{hint} {listing}: {', '.join(known)}."
+
+
+_REFUSED = object()
+
+
+def _convert(value: Any, hint: Any, from_text: bool) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return _convert_literal(value, arguments, from_text)
+    if origin in (Union, types.UnionType):
+        return _convert_union(value, arguments, from_text)
+    if origin is tuple:
+        return _convert_tuple(value, arguments, from_text)
+    if isinstance(value, str) and hint is not str:
+        return _convert_text(value, hint) if from_text else _REFUSED
+    if hint is float and type(value) is int:
+        return float(value)
+    return value if type(value) is hint else _REFUSED
+
+
+def _convert_text(text: str, hint: Any) -> Any:
+    if hint is bool:
+        return _BOOLEANS.get(text.strip().lower(), _REFUSED)
+    try:
+        return hint(text.strip())
+    except (TypeError, ValueError):
+        return _REFUSED
+
+
+def _convert_literal(value: Any, choices: tuple, from_text: bool) -> Any:
+    for choice in choices:
+        # `type` as well, because True == 1 in Python.
+        if value == choice and type(value) is type(choice):
+            return choice
+        if from_text and isinstance(value, str) and value.strip() == str(choice):
+            return choice
+    return _REFUSED
+
+
+def _convert_union(value: Any, members: tuple, from_text: bool) -> Any:
+    is_none_word = from_text and isinstance(value, str) and value.strip().lower() in _NONE_WORDS
+    if type(None) in members and (value is None or is_none_word):
+        return None
+    for member in members:
+        converted = _REFUSED if member is type(None) else _convert(value, member, from_text)
+        if converted is not _REFUSED:
+            return converted
+    return _REFUSED
+
+
+def _convert_tuple(value: Any, members: tuple, from_text: bool) -> Any:
+    if from_text and isinstance(value, str):
+        value = _tuple_text_to_list(value)
+    elif from_text and type(value) is int and members[-1] is Ellipsis:
+        value = [value]
+    if not isinstance(value, list | tuple):
+        return _REFUSED
+    hints = [members[0]] * len(value) if members[-1] is Ellipsis else list(members)
+    if len(hints) != len(value):
+        return _REFUSED
+    converted = tuple(_convert(entry, hint, from_text) for entry, hint in zip(value, hints, strict=True))
+    return _REFUSED if any(entry is _REFUSED for entry in converted) else converted
+
+
+def _tuple_text_to_list(text: str) -> Any:
+    if text.strip().startswith("["):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            return None
+    return text.split("|")
+
+
+def _check_range(label: str, value: Any, metadata: Mapping[str, Any]) -> None:
+    minimum, maximum = metadata.get("minimum"), metadata.get("maximum")
+    for entry in value if isinstance(value, tuple) else (value,):
+        if entry is None or isinstance(entry, str):
+            continue
+        if minimum is not None and entry < minimum:
+            raise ProjectorError(f"{label}: got {entry}, expected at least {minimum}")
+        if maximum is not None and entry > maximum:
+            raise ProjectorError(f"{label}: got {entry}, expected at most {maximum}")
+
+
+def _to_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _parse_json_options(text: str) -> dict[str, Any]:
+    try:
+        return json.loads(text, object_pairs_hook=_refuse_repeated_keys)
+    except json.JSONDecodeError as error:
+        raise ProjectorError(f"projector options {text!r} begin like a JSON object but are not one: {error}") from error
+
+
+def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    repeated = sorted({key for key in keys if keys.count(key) > 1})
+    if repeated:
+        raise ProjectorError(f"projector option {repeated[0]!r} is given twice")
+    return dict(pairs)
+
+
+def _split_outside_brackets(text: str) -> list[str]:
+    """Split at the commas that are not inside `[...]`."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += {"[": 1, "]": -1}.get(character, 0)
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part for part in parts if part.strip()]
