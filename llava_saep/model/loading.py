@@ -1,0 +1,499 @@
+"""Build a model from pretrained parts, and load whatever this project saved.
+
+What a folder is, is decided from its files and config, never from its name. A missing or misshapen weight is an error.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.integrations import deepspeed as hf_deepspeed
+
+from llava_saep.constants import DEFAULT_IMAGE_TOKEN
+from llava_saep.errors import UserError
+from llava_saep.model.configuration_llava_saep import LlavaSaepConfig
+from llava_saep.model.modeling_llava_saep import LlavaSaepForConditionalGeneration
+from llava_saep.model.processing_llava_saep import LlavaSaepProcessor
+from llava_saep.model.projector_selection import remember_selection, selection_from_config, trusting_projector_code
+from llava_saep.model.vision_tower import num_prefix_tokens
+from projectors import Projector, ProjectorSelection, load_projector_state_dict
+
+logger = logging.getLogger(__name__)
+
+PROJECTOR_PREFIX = "model.multi_modal_projector."
+PROJECTOR_WEIGHTS_NAME = "mm_projector.safetensors"
+PROJECTOR_WEIGHTS_NAMES = (PROJECTOR_WEIGHTS_NAME, "mm_projector.bin")
+NON_LORA_WEIGHTS_NAMES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
+FULL_WEIGHTS_NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+# Reading the pretrained parts
+
+
+def read_config(path: str, flag: str) -> PreTrainedConfig:
+    """Read a pretrained part's config from a folder or hub name.
+
+    Args:
+        path: local folder or hub name.
+        flag: what the user calls it, for the message.
+    Raises:
+        UserError: nothing readable is there.
+    """
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        what = "folder has no readable config.json" if Path(path).is_dir() else "is no folder here, nor a hub model"
+        raise UserError(f"{flag} {path!r} {what}: {str(error).splitlines()[0]}") from error
+
+
+def read_vision_config(path: str) -> PreTrainedConfig:
+    """Read the config of a vision tower; of a two-tower model (CLIP, SigLIP), its vision half."""
+    config = read_config(path, "--vision_tower")
+    config = getattr(config, "vision_config", config)
+    num_prefix_tokens(config)  # refuses a type that is no supported tower
+    return config
+
+
+@contextmanager
+def _loading_whole() -> Iterator[None]:
+    """Inside the block transformers loads ordinary modules even in a ZeRO-3 run.
+
+    The parts are read whole and only the composed model is partitioned, as its weights are handed to each rank.
+    """
+    reference = hf_deepspeed._hf_deepspeed_config_weak_ref
+    hf_deepspeed._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = reference
+
+
+def _load_part(auto_class, path: str, config: PreTrainedConfig, flag: str, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        model, info = auto_class.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{flag} {path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UserError(f"{flag} {path!r} lacks {len(missing)} weights of its architecture, such as {missing[0]!r}")
+    return model
+
+
+def _tower_weights(path: str, config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    tower = _load_part(AutoModel, path, config, "--vision_tower", dtype)
+    return {f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
+
+
+def _language_model_weights(path: str, config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    language_model = _load_part(AutoModelForCausalLM, path, config, "--model_name_or_path", dtype)
+    weights = {f"model.language_model.{name}": t for name, t in language_model.base_model.state_dict().items()}
+    if not config.tie_word_embeddings:
+        weights["lm_head.weight"] = language_model.get_output_embeddings().weight.data
+    return weights
+
+
+def build_tokenizer(language_model: str):
+    """Load the language model's tokenizer and give it the `<image>` placeholder and a padding token.
+
+    Padding is on the right, as for training; `<unk>` (else the end token) pads where the tokenizer has no token for it.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(language_model, padding_side="right")
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"the tokenizer of {language_model!r} cannot be loaded: {error}") from error
+    if DEFAULT_IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_tokens([DEFAULT_IMAGE_TOKEN], special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+# Building
+
+
+def make_config(
+    *, language_model: str, vision_tower: str, projector: ProjectorSelection, image_token_id: int
+) -> LlavaSaepConfig:
+    """Compose the model's config from its parts'; the vision layers that the projector reads are written down.
+
+    Raises:
+        UserError, ProjectorError: a part cannot be read, or the projector cannot work between them.
+    """
+    vision_config = read_vision_config(vision_tower)
+    text_config = read_config(language_model, "--model_name_or_path")
+    text_config = text_config.get_text_config()
+    projector_config = projector.build_config(
+        vision_hidden_size=vision_config.hidden_size,
+        text_hidden_size=text_config.hidden_size,
+        num_vision_layers=vision_config.num_hidden_layers,
+    )
+    stored = projector.to_dict()
+    stored["options"] = {**stored["options"], "vision_layers": list(projector_config.vision_layers)}
+    with trusting_projector_code():  # the user named this projector
+        remember_selection(selection_from_config(stored))
+    config = LlavaSaepConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        projector=stored,
+        image_token_index=image_token_id,
+        vision_tower_name_or_path=vision_tower,
+        language_model_name_or_path=language_model,
+        tie_word_embeddings=text_config.tie_word_embeddings,
+    )
+    grid = config.patch_grid(vision_config.image_size, vision_config.image_size)
+    config.image_seq_length = config.num_image_tokens(grid)  # refuses a grid that the projector cannot take
+    return config
+
+
+def build_model(
+    *,
+    language_model: str,
+    vision_tower: str,
+    projector: ProjectorSelection,
+    image_token_id: int,
+    projector_weights: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+) -> LlavaSaepForConditionalGeneration:
+    """Join a pretrained tower and language model with a projector, fresh or from a file.
+
+    Works in a ZeRO-3 run, where the weights go to their partitions from rank 0. A `language_model` that is itself a
+    saved llava_saep model brings its own tower; its projector is kept if it is the one asked for.
+
+    Args:
+        language_model, vision_tower: local folders or hub names.
+        image_token_id: the placeholder's id in the tokenizer of `build_tokenizer`.
+        projector_weights: file or folder with projector weights (stage 1's output).
+        attn_implementation: "eager", "sdpa", "flash_attention_2", ... None: transformers chooses.
+    Raises:
+        UserError, ProjectorError: a part is missing, unreadable, or does not fit the others.
+    """
+    base_config = read_config(language_model, "--model_name_or_path")
+    if isinstance(base_config, LlavaSaepConfig):
+        config, weights = _composed_parts(language_model, base_config, projector, dtype)
+    else:
+        config = make_config(
+            language_model=language_model,
+            vision_tower=vision_tower,
+            projector=projector,
+            image_token_id=image_token_id,
+        )
+        with _loading_whole():
+            weights = _tower_weights(vision_tower, config.vision_config, dtype)
+            weights |= _language_model_weights(language_model, config.text_config, dtype)
+    if projector_weights is not None or not any(name.startswith(PROJECTOR_PREFIX) for name in weights):
+        weights |= _projector_weights(config, projector_weights, dtype)
+    kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    return _load_composed(config, weights, dtype, source=language_model, **kwargs)
+
+
+def _composed_parts(
+    folder: str, config: LlavaSaepConfig, projector: ProjectorSelection, dtype: torch.dtype
+) -> tuple[LlavaSaepConfig, dict[str, Tensor]]:
+    """Return config and weights of a saved llava_saep model whose projector is replaced if another is asked for."""
+    with _loading_whole():
+        model = load_model(folder, dtype=dtype)
+    weights = dict(model.state_dict())
+    if config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    wanted = projector.build_config(
+        vision_hidden_size=config.vision_config.hidden_size,
+        text_hidden_size=config.text_config.hidden_size,
+        num_vision_layers=config.vision_config.num_hidden_layers,
+    )
+    if (projector.name, wanted) != (config.projector["name"], config.projector_config):
+        logger.warning(
+            "%s holds a %s projector; a fresh %s takes its place", folder, config.projector["name"], projector.name
+        )
+        stored = projector.to_dict()
+        stored["options"] = {**stored["options"], "vision_layers": list(wanted.vision_layers)}
+        with trusting_projector_code():
+            remember_selection(selection_from_config(stored))
+        config.projector = stored
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(PROJECTOR_PREFIX)}
+    return config, weights
+
+
+def _projector_weights(config: LlavaSaepConfig, path: str | Path | None, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the projector's weights under the model's names: drawn anew, or read from `path`."""
+    projector = selection_from_config(config.projector).build(config.projector_config)
+    if path is not None:
+        _read_projector_weights(projector, path)
+    return {f"{PROJECTOR_PREFIX}{name}": tensor.to(dtype) for name, tensor in projector.state_dict().items()}
+
+
+def _load_composed(
+    config: LlavaSaepConfig, weights: dict[str, Tensor], dtype: torch.dtype, source: str, **kwargs
+) -> LlavaSaepForConditionalGeneration:
+    model, info = LlavaSaepForConditionalGeneration.from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True, **kwargs
+    )
+    missing = [name for name in info["missing_keys"] if not (config.tie_word_embeddings and name == "lm_head.weight")]
+    if missing:
+        raise UserError(f"{source!r} lacks {len(missing)} weights of the model, such as {sorted(missing)[0]!r}")
+    return model
+
+
+def build_processor(
+    *,
+    language_model: str,
+    vision_tower: str,
+    model_config: LlavaSaepConfig,
+    tokenizer=None,
+    image_aspect_ratio: str = "square",
+    conversation_template: str = "v1",
+) -> LlavaSaepProcessor:
+    """Make the processor from the tower's image processor and the language model's tokenizer.
+
+    Raises:
+        UserError: the tower's folder has no image processor, or the tokenizer cannot be loaded.
+    """
+    try:
+        image_processor = AutoImageProcessor.from_pretrained(vision_tower, backend="pil")
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"the image processor of {vision_tower!r} cannot be loaded: {error}") from error
+    return LlavaSaepProcessor.from_model_config(
+        model_config,
+        image_processor=image_processor,
+        tokenizer=tokenizer if tokenizer is not None else build_tokenizer(language_model),
+        image_aspect_ratio=image_aspect_ratio,
+        conversation_template=conversation_template,
+    )
+
+
+# Projector weights alone
+
+
+def save_projector_weights(folder: str | Path, state_dict: Mapping[str, Tensor], config: LlavaSaepConfig) -> Path:
+    """Write projector weights (under the model's names) and the config that says what they belong to.
+
+    Args:
+        state_dict: weights of the model or of the projector alone; only the projector's are written.
+    Returns:
+        path of the weights file.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    own = {
+        name if name.startswith(PROJECTOR_PREFIX) else PROJECTOR_PREFIX + name: tensor.detach().cpu().contiguous()
+        for name, tensor in state_dict.items()
+        if name.startswith(PROJECTOR_PREFIX) or not name.startswith(("model.", "lm_head."))
+    }
+    save_file(own, folder / PROJECTOR_WEIGHTS_NAME, metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    return folder / PROJECTOR_WEIGHTS_NAME
+
+
+def find_projector_weights(path: str | Path) -> Path:
+    """Find the file with projector weights: a file itself, or mm_projector.{safetensors,bin} in a folder.
+
+    LLaVA's scripts name `mm_projector.bin`; where only our `mm_projector.safetensors` lies beside it, that is taken.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path)
+    candidates = [path / name for name in PROJECTOR_WEIGHTS_NAMES] if path.is_dir() else [path]
+    if not path.is_dir() and path.suffix == ".bin":
+        candidates.append(path.with_suffix(".safetensors"))
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    expected = " or ".join(str(candidate) for candidate in candidates)
+    raise UserError(f"no projector weights at {path}: expected {expected}; stage 1 writes them into its --output_dir")
+
+
+def read_weights_file(path: Path) -> dict[str, Tensor]:
+    """Read a .safetensors or .bin file of tensors (never code).
+
+    Raises:
+        UserError: the file is damaged or holds something else than tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # safetensors, zip and unpickling errors share no base class
+        raise UserError(f"{path} is not a readable weights file: {error}") from error
+
+
+def _read_projector_weights(projector: Projector, path: str | Path) -> None:
+    file = find_projector_weights(path)
+    weights = read_weights_file(file)
+    try:
+        load_projector_state_dict(projector, weights)
+    except ValueError as error:
+        raise UserError(f"{file} does not fit the projector {type(projector).__name__}: {error}") from error
+
+
+def load_projector_weights(model: LlavaSaepForConditionalGeneration, path: str | Path) -> None:
+    """Load projector weights into a model (not one partitioned by ZeRO-3: give `build_model` the path instead)."""
+    _read_projector_weights(model.model.multi_modal_projector, path)
+
+
+# Loading what was saved
+
+
+@dataclass(frozen=True)
+class SavedFolder:
+    """What a folder holds: kind "full", "projector" (projector weights and config) or "lora"."""
+
+    path: Path
+    kind: str
+    config: LlavaSaepConfig
+
+
+def inspect_folder(folder: str | Path) -> SavedFolder:
+    """Decide from files and config what a saved folder is.
+
+    Raises:
+        UserError: no folder, no config of this project, or no weights.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder; expected one that training wrote (its --output_dir)")
+    config_path = path / "config.json"
+    if not config_path.is_file():
+        raise UserError(f"{path} has no config.json; expected a folder that training wrote (its --output_dir)")
+    try:
+        model_type = json.loads(config_path.read_text()).get("model_type")
+    except json.JSONDecodeError as error:
+        raise UserError(f"{config_path} is not valid JSON: {error}") from error
+    if model_type != LlavaSaepConfig.model_type:
+        raise UserError(f"{config_path} describes a {model_type!r} model, expected {LlavaSaepConfig.model_type!r}")
+    config = LlavaSaepConfig.from_pretrained(path)
+    if (path / "adapter_config.json").is_file():
+        return SavedFolder(path, "lora", config)
+    if any((path / name).is_file() for name in FULL_WEIGHTS_NAMES):
+        return SavedFolder(path, "full", config)
+    if any((path / name).is_file() for name in PROJECTOR_WEIGHTS_NAMES):
+        return SavedFolder(path, "projector", config)
+    expected = ", ".join((FULL_WEIGHTS_NAMES[0], PROJECTOR_WEIGHTS_NAME, "adapter_config.json"))
+    raise UserError(f"{path} has a config.json but no weights: expected one of {expected}")
+
+
+def load_model(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    trust_projector_code: bool = False,
+    attn_implementation: str | None = None,
+) -> LlavaSaepForConditionalGeneration:
+    """Load any folder that training wrote, in evaluation mode.
+
+    A stage-1 folder is completed from the tower and language model that its config names; a LoRA folder likewise, its
+    adapter merged into the language model.
+
+    Args:
+        trust_projector_code: permit the config to import a projector from outside this package.
+    Raises:
+        UserError, ProjectorError: the folder is no saved model, or its weights are missing, damaged or misshapen.
+    """
+    with trusting_projector_code(trust_projector_code):
+        saved = inspect_folder(folder)
+        kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        if saved.kind == "full":
+            model = _load_full(saved, dtype, **kwargs)
+        else:
+            model = _load_on_bases(saved, dtype, **kwargs)
+    return model.to(device).eval()
+
+
+def _load_full(saved: SavedFolder, dtype: torch.dtype, **kwargs) -> LlavaSaepForConditionalGeneration:
+    try:
+        model, info = LlavaSaepForConditionalGeneration.from_pretrained(
+            saved.path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+    except Exception as error:  # safetensors, OS and transformers errors share no base class
+        if isinstance(error, ValueError):
+            raise
+        raise UserError(f"the weights in {saved.path} cannot be read: {error}") from error
+    if info["mismatched_keys"]:
+        name, found, expected = sorted(info["mismatched_keys"])[0]
+        raise UserError(
+            f"{saved.path}: {len(info['mismatched_keys'])} weights have another shape than config.json says, such as "
+            f"{name!r}: found {tuple(found)}, expected {tuple(expected)}"
+        )
+    missing = [
+        name for name in info["missing_keys"] if not (saved.config.tie_word_embeddings and name == "lm_head.weight")
+    ]
+    if missing:
+        projector_part = [name for name in missing if name.startswith(PROJECTOR_PREFIX)]
+        what = "no (or not all) projector weights" if projector_part else "not all weights"
+        raise UserError(f"{saved.path} holds {what}: {len(missing)} are missing, such as {sorted(missing)[0]!r}")
+    return model
+
+
+def _load_on_bases(saved: SavedFolder, dtype: torch.dtype, **kwargs) -> LlavaSaepForConditionalGeneration:
+    config = saved.config
+    for path, flag in (
+        (config.language_model_name_or_path, "language_model_name_or_path"),
+        (config.vision_tower_name_or_path, "vision_tower_name_or_path"),
+    ):
+        if path is None:
+            raise UserError(f"{saved.path}/config.json has no {flag}, so its base cannot be found")
+    model = build_model(
+        language_model=config.language_model_name_or_path,
+        vision_tower=config.vision_tower_name_or_path,
+        projector=selection_from_config(config.projector),
+        image_token_id=config.image_token_id,
+        projector_weights=saved.path if saved.kind == "projector" else None,
+        dtype=dtype,
+        **kwargs,
+    )
+    return model if saved.kind == "projector" else _apply_lora(model, saved)
+
+
+def _apply_lora(model: LlavaSaepForConditionalGeneration, saved: SavedFolder) -> LlavaSaepForConditionalGeneration:
+    from peft import PeftModel
+
+    _load_non_lora_weights(model, saved.path)
+    return PeftModel.from_pretrained(model, str(saved.path)).merge_and_unload()
+
+
+def _load_non_lora_weights(model: nn.Module, folder: Path) -> None:
+    """Load what was trained beside the adapter: the projector, and the tower where it was trained."""
+    for name in NON_LORA_WEIGHTS_NAMES:
+        if (folder / name).is_file():
+            weights = read_weights_file(folder / name)
+            unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
+            if unexpected:
+                raise UserError(f"{folder / name} has weights that the model lacks, such as {unexpected[0]!r}")
+            if not any(key.startswith(PROJECTOR_PREFIX) for key in weights):
+                break
+            return
+    load_projector_weights(model, folder)
+
+
+def load_processor(folder: str | Path, *, trust_projector_code: bool = False) -> LlavaSaepProcessor:
+    """Load the processor that training wrote beside a model.
+
+    Raises:
+        UserError: the folder has none.
+    """
+    with trusting_projector_code(trust_projector_code):
+        try:
+            return LlavaSaepProcessor.from_pretrained(folder, backend="pil")
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{folder} has no readable processor: {error}") from error

@@ -1,0 +1,219 @@
+"""The multimodal model: transformers' Llava with a registered projector, patch features of several layers, and a loss
+that multiplies by the language-model head only where there is a label."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel, Cache, LlavaForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import (
+    LlavaCausalLMOutputWithPast,
+    LlavaModel,
+    LlavaModelOutputWithPast,
+    LlavaPreTrainedModel,
+)
+
+from llava_saep.constants import IGNORE_INDEX
+from llava_saep.errors import UserError
+from llava_saep.model.configuration_llava_saep import LlavaSaepConfig
+from llava_saep.model.projector_selection import selection_from_config
+from llava_saep.model.vision_tower import read_patch_features
+from projectors import Projector, initialize_projector
+
+
+class LlavaSaepPreTrainedModel(LlavaPreTrainedModel):
+    """Common parts of the bare model and the one with a language-model head."""
+
+    config: LlavaSaepConfig
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # transformers re-draws every Linear with std 0.02, leaves raw parameters uninitialised, and asks nothing of a
+        # module without parameters of its own. A projector knows how it starts; children come before their parent
+        # here, so it has the last word, and its `reset_parameters` leaves alone what a checkpoint has filled.
+        if isinstance(module, Projector):
+            initialize_projector(module)
+        else:
+            super()._initialize_weights(module, is_custom_code)
+
+
+class LlavaSaepModel(LlavaSaepPreTrainedModel, LlavaModel):
+    """Vision tower, projector and language model without the language-model head."""
+
+    def __init__(self, config: LlavaSaepConfig):
+        LlavaPreTrainedModel.__init__(self, config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = selection_from_config(config.projector).build(config.projector_config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Project images to tokens of the language model.
+
+        Args:
+            pixel_values: (images, 3, height, width).
+        Returns:
+            an output whose `pooler_output` is a list with one (tokens, text_hidden_size) tensor per image.
+        """
+        projector = self.multi_modal_projector
+        features = read_patch_features(
+            self.vision_tower,
+            pixel_values.to(self.vision_tower.dtype),
+            projector.config.vision_layers,
+            projector.config.keep_cls_token,
+        )
+        grid = self.config.patch_grid(pixel_values.shape[-2], pixel_values.shape[-1])
+        return BaseModelOutputWithPooling(pooler_output=list(projector(features, grid)))
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs,
+    ) -> LlavaModelOutputWithPast:
+        """Insert the image tokens at their placeholders and run the language model.
+
+        Args:
+            input_ids: (batch, length); each image has one placeholder per token. Without any placeholder in the batch,
+                `pixel_values` is taken as a stand-in: tower and projector run and count for nothing, so that every rank
+                of a ZeRO run makes the same calls whatever its samples hold.
+            pixel_values: (images of the whole batch, 3, height, width), in the order of the placeholders.
+            mm_encoder_outputs: `{"image": ...}` from `get_image_features`, instead of `pixel_values`.
+        Raises:
+            UserError: placeholders and image tokens differ in number, or both or neither input is given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise UserError("give exactly one of input_ids and inputs_embeds")
+        encoded = (mm_encoder_outputs or {}).get("image")
+        if encoded is not None and pixel_values is not None:
+            raise UserError("give pixel_values or mm_encoder_outputs, not both")
+        if inputs_embeds is not None and (encoded is not None or pixel_values is not None):
+            raise UserError("images need input_ids: their placeholders say where the image tokens belong")
+        if pixel_values is not None:
+            encoded = self.get_image_features(pixel_values)
+
+        image_features = None
+        if inputs_embeds is None:
+            placeholders = input_ids == self.config.image_token_id
+            # The placeholder's id may lie outside the embedding matrix; what is looked up there is overwritten.
+            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(placeholders, 0))
+            if encoded is not None:
+                image_features = torch.cat(encoded.pooler_output, dim=0).to(inputs_embeds)
+                inputs_embeds = _insert_image_features(inputs_embeds, placeholders, image_features)
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return LlavaModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_features,
+        )
+
+
+def _insert_image_features(inputs_embeds: Tensor, placeholders: Tensor, image_features: Tensor) -> Tensor:
+    """Put image tokens (total, width) at the True positions of `placeholders` (batch, length), in row-major order."""
+    num_placeholders = int(placeholders.sum())
+    if num_placeholders == 0:
+        return inputs_embeds + image_features.sum() * 0.0
+    if num_placeholders != image_features.shape[0]:
+        raise UserError(
+            f"the batch has {num_placeholders} image placeholders, but its images give {image_features.shape[0]} tokens"
+        )
+    return inputs_embeds.masked_scatter(placeholders.unsqueeze(-1), image_features)
+
+
+class LlavaSaepForConditionalGeneration(LlavaSaepPreTrainedModel, LlavaForConditionalGeneration):
+    """The model that is trained, saved and talked to."""
+
+    def __init__(self, config: LlavaSaepConfig):
+        LlavaPreTrainedModel.__init__(self, config)
+        self.model = LlavaSaepModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """See `LlavaSaepModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs,
+    ) -> LlavaCausalLMOutputWithPast:
+        """Return logits, or the loss when `labels` are given.
+
+        In training mode with labels, `logits` is None: the head is applied at supervised positions alone, because the
+        logits of image and prompt tokens are most of the memory and are ignored anyway.
+
+        Args:
+            labels: (batch, length), IGNORE_INDEX where there is nothing to learn; position i is predicted from i - 1.
+            num_items_in_batch: supervised tokens of the whole optimizer step; the loss is the sum divided by it, so
+                that the result does not depend on how samples fall to ranks and micro-batches. None: this batch's mean.
+            logits_to_keep: keep the last so many positions' logits (0: all), as in transformers.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        loss = logits = None
+        if labels is not None and self.training:
+            loss = self._supervised_loss(outputs.last_hidden_state, labels, num_items_in_batch)
+        else:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self._logits(outputs.last_hidden_state[:, keep])
+            if labels is not None:
+                loss = _token_loss(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), num_items_in_batch)
+        return LlavaCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def _logits(self, hidden_states: Tensor) -> Tensor:
+        logits = self.lm_head(hidden_states)
+        softcap = getattr(self.config.text_config, "final_logit_softcapping", None)  # Gemma 2
+        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+    def _supervised_loss(self, hidden_states: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
+        targets = labels[:, 1:]
+        is_target = targets != IGNORE_INDEX
+        return _token_loss(self._logits(hidden_states[:, :-1][is_target]), targets[is_target], num_items)
+
+
+def _token_loss(logits: Tensor, targets: Tensor, num_items: Tensor | int | None) -> Tensor:
+    """Cross-entropy in float32 summed over targets and divided by `num_items`, or by their number when None.
+
+    A batch without a single target gives 0, not NaN, and keeps the head in the graph.
+    """
+    total = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    if num_items is None:
+        num_items = (targets != IGNORE_INDEX).sum()
+    return total / torch.as_tensor(num_items, device=total.device).clamp(min=1)

@@ -1,0 +1,188 @@
+"""Processor: text and images to model inputs, tokenised and preprocessed as the training data are."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import BatchFeature
+from transformers.processing_utils import ProcessorMixin
+
+from llava_saep.constants import DEFAULT_IMAGE_TOKEN
+from llava_saep.data.images import load_image, preprocess_image
+from llava_saep.data.templates import conversation_template
+from llava_saep.data.tokenization import encode_prompt
+from llava_saep.errors import UserError
+from llava_saep.model.configuration_llava_saep import LlavaSaepConfig
+from llava_saep.model.projector_selection import selection_from_config
+from projectors import PatchGrid, ProjectorConfig
+
+CHAT_TEMPLATE_MESSAGE = (
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>\\n' }}"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+)
+
+CHAT_TEMPLATES = {
+    "v1": (
+        "{% if messages[0]['role'] == 'system' %}{% set turns = messages[1:] %}{{ messages[0]['content'] }}"
+        "{% else %}{% set turns = messages %}" + conversation_template("v1").system + "{% endif %}{{ ' ' }}"
+        "{% for message in turns %}{% if message['role'] == 'user' %}USER: " + CHAT_TEMPLATE_MESSAGE + "{{ ' ' }}"
+        "{% else %}ASSISTANT: " + CHAT_TEMPLATE_MESSAGE + "</s>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    ),
+    "plain": "{% for message in messages %}" + CHAT_TEMPLATE_MESSAGE + "{% if message['role'] == 'assistant' %}"
+    "{{ '\\n' }}{% endif %}{% endfor %}",
+}
+"""Jinja forms of conversation templates, for `apply_chat_template`; llava_saep.data.templates is the reference."""
+
+
+class LlavaSaepProcessor(ProcessorMixin):
+    """Image processor and tokenizer of one model, and how many tokens its projector makes of an image.
+
+    Args:
+        image_processor: the tower's, PIL back end.
+        tokenizer: the language model's, with `<image>` as an added special token.
+        projector: `{"name", "provider", "options"}`; with the next four, all that the token count needs.
+        vision_hidden_size, text_hidden_size: channels of the tower and of the language model.
+        num_vision_layers: transformer blocks of the tower.
+        patch_size: side of a patch, in pixels.
+        image_aspect_ratio: "square" (resize the short side, crop the centre) or "pad" (pad to a square first).
+        conversation_template: name in llava_saep.data.templates with which the model was trained.
+    """
+
+    attributes = ["image_processor", "tokenizer"]
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        projector: dict[str, Any] | None = None,
+        vision_hidden_size: int | None = None,
+        text_hidden_size: int | None = None,
+        num_vision_layers: int | None = None,
+        patch_size: int | None = None,
+        image_aspect_ratio: str = "square",
+        conversation_template: str = "v1",
+        chat_template: str | None = None,
+        **kwargs,
+    ):
+        self.projector = projector
+        self.vision_hidden_size = vision_hidden_size
+        self.text_hidden_size = text_hidden_size
+        self.num_vision_layers = num_vision_layers
+        self.patch_size = patch_size
+        self.image_aspect_ratio = image_aspect_ratio
+        self.conversation_template = conversation_template
+        self.image_token = DEFAULT_IMAGE_TOKEN
+        self.image_token_id = tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)
+        chat_template = chat_template or CHAT_TEMPLATES.get(conversation_template)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_model_config(
+        cls,
+        config: LlavaSaepConfig,
+        *,
+        image_processor,
+        tokenizer,
+        image_aspect_ratio: str = "square",
+        conversation_template: str = "v1",
+    ) -> "LlavaSaepProcessor":
+        """Make the processor that belongs to a model's config."""
+        return cls(
+            image_processor,
+            tokenizer,
+            projector=dict(config.projector),
+            vision_hidden_size=config.vision_config.hidden_size,
+            text_hidden_size=config.text_config.hidden_size,
+            num_vision_layers=config.vision_config.num_hidden_layers,
+            patch_size=config.vision_config.patch_size,
+            image_aspect_ratio=image_aspect_ratio,
+            conversation_template=conversation_template,
+        )
+
+    @property
+    def projector_config(self) -> ProjectorConfig:
+        """The typed config of the projector; raises as `LlavaSaepConfig.projector_config` does."""
+        return selection_from_config(self.projector).build_config(
+            vision_hidden_size=self.vision_hidden_size,
+            text_hidden_size=self.text_hidden_size,
+            num_vision_layers=self.num_vision_layers,
+        )
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """input_ids first: the Trainer measures lengths by the first name."""
+        return ["input_ids", "attention_mask", "pixel_values"]
+
+    def num_image_tokens(self, height: int, width: int) -> int:
+        """Count the tokens of a preprocessed image of `height` x `width` pixels."""
+        return self.projector_config.num_output_tokens(PatchGrid(height // self.patch_size, width // self.patch_size))
+
+    def preprocess_images(self, images: Sequence[Image.Image | str]) -> torch.Tensor:
+        """Turn images or paths into pixel values (images, 3, height, width), as the training data has them.
+
+        Raises:
+            UserError: a file is missing or is not a readable image.
+        """
+        loaded = [image if isinstance(image, Image.Image) else load_image(image) for image in images]
+        return torch.stack([preprocess_image(image, self.image_processor, self.image_aspect_ratio) for image in loaded])
+
+    def __call__(
+        self,
+        images: Image.Image | Sequence | None = None,
+        text: str | Sequence[str] | None = None,
+        return_tensors: str | None = "pt",
+        **kwargs,
+    ) -> BatchFeature:
+        """Encode prompts with their images; rows are padded on the tokenizer's padding side.
+
+        Args:
+            images: one image, a flat list in the order of the `<image>` markers, or one list per prompt.
+            text: prompts with one `<image>` marker per image.
+            kwargs: options of transformers' processors that have no meaning here are accepted and ignored.
+        Returns:
+            input_ids and attention_mask (batch, length), and pixel_values (images, 3, height, width) if there are any.
+        Raises:
+            UserError: no text, markers and images differ in number, or an image cannot be read.
+        """
+        if text is None:
+            raise UserError("the processor needs `text`; put one <image> marker into it for each image")
+        texts = [text] if isinstance(text, str) else list(text)
+        flat_images = _flatten(images)
+        markers = sum(prompt.count(DEFAULT_IMAGE_TOKEN) for prompt in texts)
+        if markers != len(flat_images):
+            raise UserError(f"the text has {markers} {DEFAULT_IMAGE_TOKEN} markers, but {len(flat_images)} images came")
+        data: dict[str, Any] = {}
+        counts: list[int] = []
+        if flat_images:
+            data["pixel_values"] = self.preprocess_images(flat_images)
+            tokens = self.num_image_tokens(*data["pixel_values"].shape[-2:])
+            counts = [tokens] * len(flat_images)
+        rows = []
+        for prompt in texts:
+            own, counts = counts[: prompt.count(DEFAULT_IMAGE_TOKEN)], counts[prompt.count(DEFAULT_IMAGE_TOKEN) :]
+            rows.append(encode_prompt(prompt, self.tokenizer, own, self.image_token_id))
+        data = {**pad_rows(rows, self.tokenizer.pad_token_id or 0, self.tokenizer.padding_side), **data}
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+
+def _flatten(images: Any) -> list:
+    if images is None:
+        return []
+    if isinstance(images, (Image.Image, str)):
+        return [images]
+    return [image for entry in images for image in _flatten(entry)]
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad_token_id: int, padding_side: str) -> dict[str, torch.Tensor]:
+    """Pad token rows to one length: input_ids and attention_mask, both (rows, longest row)."""
+    longest = max(len(row) for row in rows)
+    input_ids = torch.full((len(rows), longest), pad_token_id, dtype=torch.long)
+    attention_mask = torch.zeros((len(rows), longest), dtype=torch.long)
+    for index, row in enumerate(rows):
+        place = slice(longest - len(row), longest) if padding_side == "left" else slice(0, len(row))
+        input_ids[index, place] = torch.tensor(row, dtype=torch.long)
+        attention_mask[index, place] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}

@@ -1,0 +1,1 @@
+"""Front ends that talk to a trained model."""

@@ -1,0 +1,148 @@
+"""Predictor: batches, streams, prompts and their limits. The models are random; what matters is that paths agree."""
+
+import pytest
+import torch
+from PIL import Image
+
+from llava_saep.errors import UserError
+from llava_saep.generation import GenerationOptions, Predictor, _without_stop_strings, parse_messages
+from llava_saep.model.loading import build_model, build_processor, build_tokenizer
+from projectors import select_projector
+from tests.fixtures.tiny import write_bases, write_image
+
+GREEDY = GenerationOptions(max_new_tokens=8, temperature=0.0)
+
+
+@pytest.fixture(scope="module", params=["saep", "mlp2x_gelu"])
+def predictor(request, tmp_path_factory):
+    bases = write_bases(tmp_path_factory.mktemp("bases"))
+    tokenizer = build_tokenizer(str(bases.language_model))
+    torch.manual_seed(0)
+    model = build_model(
+        language_model=str(bases.language_model),
+        vision_tower=str(bases.vision_tower),
+        projector=select_projector(request.param),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    with torch.no_grad():  # a random projector's output is too faint to change a random language model's words
+        for parameter in model.model.multi_modal_projector.parameters():
+            parameter.mul_(20)
+    processor = build_processor(
+        language_model=str(bases.language_model),
+        vision_tower=str(bases.vision_tower),
+        model_config=model.config,
+        tokenizer=tokenizer,
+    )
+    return Predictor(model, processor)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    return [write_image(folder / f"{seed}.png", height=24, width=24 + 8 * seed, seed=seed) for seed in range(3)]
+
+
+def ask(images, text):
+    return [
+        {"role": "user", "content": [*({"type": "image", "image": i} for i in images), {"type": "text", "text": text}]}
+    ]
+
+
+def test_batch_equals_one_by_one(predictor, images):
+    conversations = [
+        ask(images[:1], "What is it?"),
+        ask(images[:2], "Which colours do these two images show?"),
+        ask([], "Say hello."),
+        ask(images[2:], "Why?"),
+    ]
+    together = predictor.generate(conversations, GREEDY)
+    assert together == [predictor.generate([conversation], GREEDY)[0] for conversation in conversations]
+
+
+def test_stream_equals_generate(predictor, images):
+    conversation = ask(images[:1], "What is it?")
+    assert "".join(predictor.stream(conversation, GREEDY)).strip() == predictor.generate([conversation], GREEDY)[0]
+
+
+def test_answers_depend_on_the_image(predictor, images):
+    black, white = Image.new("RGB", (24, 24), "black"), Image.new("RGB", (24, 24), "white")
+    scores = []
+    for image in (black, white):
+        inputs = predictor._inputs([predictor._prompt(ask([image], "What?"))], GREEDY)
+        with torch.no_grad():
+            scores.append(predictor.model(**inputs).logits[0, -1])
+    assert not torch.allclose(*scores, atol=1e-4)
+
+
+def test_earlier_turns_are_part_of_the_prompt(predictor, images):
+    conversation = ask(images[:1], "What is it?")
+    longer = [*conversation, {"role": "assistant", "content": "A cat."}, {"role": "user", "content": "Which one?"}]
+    short, long = predictor._prompt(conversation).input_ids, predictor._prompt(longer).input_ids
+    assert long[: len(short)] == short and len(long) > len(short)
+
+
+def test_processor_and_predictor_see_the_same_prompt(predictor, images):
+    """The Hugging Face way (chat template, processor) and ours give the same ids and pixels."""
+    messages = ask(images[:1], "What is it?")
+    theirs = predictor.processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image", "path": str(images[0])}, messages[0]["content"][1]]}],
+        tokenize=True,
+        return_dict=True,
+        add_generation_prompt=True,
+        return_tensors="pt",
+    )
+    ours = predictor._inputs([predictor._prompt(messages)], GREEDY)
+    assert theirs["input_ids"].tolist() == ours["input_ids"].tolist()
+    assert torch.equal(theirs["pixel_values"], ours["pixel_values"])
+
+
+def test_closing_the_stream_stops_the_model(predictor, images):
+    stream = predictor.stream(ask(images[:1], "What is it?"), GenerationOptions(max_new_tokens=300))
+    next(stream)
+    stream.close()  # returns only when the generating thread has ended
+
+
+def test_prompt_beyond_the_context_is_refused_with_the_numbers(predictor):
+    with pytest.raises(UserError, match="context is 512"):
+        predictor.generate([ask([], "word " * 600)], GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([{"role": "robot", "content": "x"}], "role 'robot'"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "message 0 has a part"),
+        ([{"role": "user", "content": 3}], "content of type int"),
+        ([{"role": "user", "content": "see <image>"}], "pass images as parts"),
+        ([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], "only the first may be one"),
+    ],
+)
+def test_malformed_messages_are_named(messages, message):
+    with pytest.raises(UserError, match=message):
+        parse_messages(messages)
+
+
+def test_conversation_must_end_with_a_question(predictor):
+    with pytest.raises(UserError, match="must end with a user's message"):
+        predictor.generate([[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]], GREEDY)
+
+
+@pytest.mark.parametrize("field", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"num_beams": 0}])
+def test_impossible_options_are_refused(field):
+    with pytest.raises(UserError, match=next(iter(field))):
+        GenerationOptions(**field)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        (["a", "b"], "ab"),
+        (["a</", "s>b"], "a"),
+        (["a<", "b"], "a<b"),
+        (["a</", "s"], "a</s"),
+        (["  ", " a"], "a"),
+        (["one ## two ###", " three"], "one ## two"),
+    ],
+)
+def test_stop_strings_end_a_stream_wherever_the_pieces_are_cut(pieces, expected):
+    assert "".join(_without_stop_strings(iter(pieces), ("</s>", "###"))) == expected
