@@ -80,12 +80,15 @@ OVERALL = "overall"
 """Name of the row that takes all questions together."""
 
 
-def score_answers(questions: Iterable[Question], answers: Mapping[str | int, str]) -> list[Score]:
+def score_answers(
+    questions: Iterable[Question], answers: Mapping[str | int, str], chance: Mapping[str, float] | None = None
+) -> list[Score]:
     """Score generated answers against the final words that are expected, per category and together.
 
     Args:
         questions: those without an `answer` are left out.
         answers: generated text by question_id.
+        chance: what guessing reaches per category, in [0, 1], where it is known better than `chance_accuracy` can tell.
     Returns:
         One score per category, in order of first appearance, and a last one named "overall"; empty when no question
         can be scored.
@@ -99,14 +102,16 @@ def score_answers(questions: Iterable[Question], answers: Mapping[str | int, str
     if not scored:
         return []
     categories = list(dict.fromkeys(question.category for question in scored))
-    scores = [_score(name, [q for q in scored if q.category == name], answers) for name in categories]
-    return [*scores, _score(OVERALL, scored, answers)]
+    scores = [_score(name, [q for q in scored if q.category == name], answers, chance or {}) for name in categories]
+    return [*scores, _score(OVERALL, scored, answers, chance or {})]
 
 
-def _score(category: str, questions: Sequence[Question], answers: Mapping[str | int, str]) -> Score:
+def _score(
+    category: str, questions: Sequence[Question], answers: Mapping[str | int, str], chance: Mapping[str, float]
+) -> Score:
     return Score(
         category=category,
         num_questions=len(questions),
         num_correct=sum(ends_with_answer(answers[q.question_id], q.answer or "") for q in questions),
-        chance=chance_accuracy(questions),
+        chance=chance[category] if category in chance else chance_accuracy(questions),
     )

@@ -1,0 +1,86 @@
+"""The `llava-saep` command. Each subcommand is a module that is imported only when it is asked for."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llava_saep.errors import UserError
+from projectors import ProjectorError
+
+EXIT_CALLERS_MISTAKE = 2
+EXIT_INTERRUPTED = 130
+"""128 + SIGINT, what a shell reports for a program that Ctrl-C ended."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: `module` holds `main(argv) -> exit code`."""
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "train": Command("llava_saep.commands.train", "train a model with LLaVA's flags, through the deepspeed launcher"),
+    "chat": Command("llava_saep.commands.chat", "talk in the terminal with any saved model about images"),
+    "eval": Command("llava_saep.commands.evaluate", "answer a file of questions and score the answers"),
+    "projectors": Command("llava_saep.commands.projectors", "list the projectors with their tokens and parameters"),
+    "doctor": Command("llava_saep.commands.doctor", "look for what is known to go wrong with machine and installation"),
+}
+
+
+def usage() -> str:
+    """What `llava-saep --help` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name.ljust(width)}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: llava-saep <command> [flags]",
+            "",
+            "LLaVA with exchangeable projectors: train, evaluate and talk to.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "llava-saep <command> --help lists the flags of one of them.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit code: 2 for the caller's mistakes, 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if arguments and arguments[0] == "--version":
+        from llava_saep import __version__
+
+        print(f"llava-saep {__version__}")
+        return 0
+    if not arguments or arguments[0] not in COMMANDS:
+        given = f"unknown command {arguments[0]!r}" if arguments else "a command is missing"
+        print(f"{usage()}\n\nllava-saep: {given}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return EXIT_CALLERS_MISTAKE
+    return run_command(arguments[0], arguments[1:])
+
+
+def run_command(name: str, arguments: Sequence[str]) -> int:
+    """Import the module of a subcommand and run it, turning the caller's mistakes into one message."""
+    # A projector named as package.module:Class is looked for in the working folder too, as `python -m` would.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return importlib.import_module(COMMANDS[name].module).main(arguments)
+    except (UserError, ProjectorError) as error:
+        print(f"llava-saep {name}: {error}", file=sys.stderr)
+        return EXIT_CALLERS_MISTAKE
+    except KeyboardInterrupt:
+        print(f"\nllava-saep {name}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

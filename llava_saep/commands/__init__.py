@@ -1,0 +1,1 @@
+"""The subcommands of `llava-saep`, one module each, with `main(argv) -> exit code`."""

@@ -1,0 +1,150 @@
+"""`llava-saep train`: checks the flags once, then has the deepspeed launcher start the script on every rank."""
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from llava_saep.errors import UserError
+
+TRAINING_SCRIPT = Path(__file__).parents[1] / "train" / "train_mem.py"
+
+VALUED_LAUNCHER_FLAGS = (
+    "--hostfile",
+    "--include",
+    "--exclude",
+    "--num_nodes",
+    "--master_addr",
+    "--master_port",
+    "--node_rank",
+    "--launcher",
+    "--launcher_args",
+    "--ssh_port",
+    "--bind_core_list",
+    "--venv_script",
+)
+SWITCHES_OF_LAUNCHER = ("--no_ssh", "--no_ssh_check", "--force_multi", "--bind_cores_to_rank")
+"""Flags that the deepspeed launcher takes itself; all others go to the training script."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Check the flags, start the ranks and return their exit code."""
+    if not argv or {"-h", "--help"} & set(argv):
+        print_help()
+        return 0 if argv else 2
+    launch, training_flags = split_flags(argv)
+    check_training_flags(training_flags)
+    num_processes = launch.num_processes
+    if num_processes is None and not launch.hostfile:
+        num_processes = default_num_processes()
+    command = launcher_command(launcher_flags(launch), training_flags, num_processes)
+    return run_launcher(command, launcher_environment(num_processes, os.environ))
+
+
+def launcher_parser() -> argparse.ArgumentParser:
+    """The flags that are the launcher's, in the deepspeed launcher's own spelling, and `--num_processes`."""
+    # No abbreviations: `--num_train_epochs` and the like belong to the training script.
+    parser = argparse.ArgumentParser(prog="llava-saep train", allow_abbrev=False, add_help=False)
+    group = parser.add_argument_group("launcher")
+    group.add_argument(
+        "--num_processes",
+        "--num_gpus",
+        "--num_accelerators",
+        type=int,
+        metavar="N",
+        help="processes on each machine (default: one per GPU, or one without GPUs)",
+    )
+    for flag in VALUED_LAUNCHER_FLAGS:
+        group.add_argument(flag, help="as in deepspeed --help")
+    for flag in SWITCHES_OF_LAUNCHER:
+        group.add_argument(flag, action="store_true", help="as in deepspeed --help")
+    return parser
+
+
+def split_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Separate the launcher's flags from those of the training script.
+
+    Raises:
+        UserError: fewer than one process, or a hostfile that is not there (the launcher would go on without it).
+    """
+    launch, training_flags = launcher_parser().parse_known_args(argv)
+    if launch.num_processes is not None and launch.num_processes < 1:
+        raise UserError(f"--num_processes must be at least 1, got {launch.num_processes}")
+    if launch.hostfile and not Path(launch.hostfile).is_file():
+        raise UserError(f"--hostfile {launch.hostfile}: no such file; it has one line 'name slots=GPUS' per machine")
+    return launch, training_flags
+
+
+def check_training_flags(training_flags: Sequence[str]) -> None:
+    """Raise UserError or ProjectorError for what is wrong with the flags, before any process is started."""
+    from llava_saep.arguments import parse_arguments
+
+    parse_arguments(list(training_flags))
+
+
+def default_num_processes() -> int:
+    """One process per GPU; one where there is none."""
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def launcher_flags(launch: argparse.Namespace) -> list[str]:
+    """The launcher's flags as they were given, without `--num_processes`."""
+    flags = []
+    for flag in VALUED_LAUNCHER_FLAGS:
+        value = getattr(launch, flag.lstrip("-"))
+        flags += [] if value is None else [flag, value]
+    return flags + [flag for flag in SWITCHES_OF_LAUNCHER if getattr(launch, flag.lstrip("-"))]
+
+
+def launcher_command(
+    launcher_flags: Sequence[str], training_flags: Sequence[str], num_processes: int | None
+) -> list[str]:
+    """The command line of the deepspeed launcher.
+
+    The launcher is started as a module of this interpreter, so that it works where its script is not on the PATH.
+    """
+    count = [] if num_processes is None else ["--num_gpus", str(num_processes)]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    return [*launcher, *count, *launcher_flags, str(TRAINING_SCRIPT), *training_flags]
+
+
+def launcher_environment(num_processes: int | None, environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of the launcher: threads are shared out among ranks that run on the same processor.
+
+    torch gives every process one thread per core, and threads that wait for each other spin: on a machine without GPUs
+    two ranks with all cores each are slower than two ranks with one.
+    """
+    cores = os.cpu_count() or 1
+    threads = str(max(1, cores // (num_processes or 1)))
+    # The ranks import llava_saep and projectors from where this command found them, a user's projector from the folder
+    # in which the command was given.
+    folders = [str(TRAINING_SCRIPT.parents[2]), environment.get("PYTHONPATH"), os.getcwd()]
+    search_path = os.pathsep.join(filter(None, folders))
+    return {"OMP_NUM_THREADS": threads, **environment, "PYTHONPATH": search_path}
+
+
+def run_launcher(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run the launcher to its end and return its exit code; Ctrl-C reaches the ranks and is waited for."""
+    process = subprocess.Popen(command, env=dict(environment))
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        # The terminal has sent the signal to the launcher too, which stops its ranks.
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+        raise
+
+
+def print_help() -> None:
+    """Print the launcher's flags, then those of the training script, and leave the program."""
+    from llava_saep.arguments import parse_arguments
+
+    print(launcher_parser().format_help())
+    print("All other flags are passed to llava_saep/train/train_mem.py:\n")
+    parse_arguments(["--help"])

@@ -1,0 +1,77 @@
+"""One evaluation from a saved model to its reports: answers with the images and, for comparison, without them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava_saep.errors import UserError
+from llava_saep.evaluation.metrics import Score, score_answers
+from llava_saep.evaluation.questions import Question
+from llava_saep.evaluation.report import json_report, markdown_table, report_rows
+from llava_saep.evaluation.runner import GenerateBatch, answer_questions, model_fingerprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What a model answered, and how well it did with the images and without them (`blind_*`; empty where not run)."""
+
+    questions: tuple[Question, ...]
+    answers: dict[str | int, str]
+    scores: tuple[Score, ...]
+    blind_scores: tuple[Score, ...] = ()
+
+
+def evaluate_model(
+    model_path: Path,
+    questions: Sequence[Question],
+    *,
+    image_folder: Path,
+    output_dir: Path,
+    batch_size: int,
+    max_new_tokens: int,
+    blind: bool = True,
+    chance: Mapping[str, float] | None = None,
+    device: str | None = None,
+    trust_projector_code: bool = False,
+) -> Evaluation:
+    """Answer the questions greedily, write answers and reports to `output_dir`, and return the scores.
+
+    `chance` is passed on to `score_answers`.
+    Writes answers.jsonl, answers_blind.jsonl (when `blind`), report.json and report.md.
+    """
+    if not model_path.is_dir():
+        raise UserError(f"{model_path}: no such folder; --model_path names what training wrote (its --output_dir)")
+    from llava_saep.generation import GenerationOptions, Predictor
+
+    predictor = Predictor.from_pretrained(model_path, device=device, trust_projector_code=trust_projector_code)
+    options = GenerationOptions(max_new_tokens=max_new_tokens)
+    generate: GenerateBatch = lambda conversations: predictor.generate(conversations, options)  # noqa: E731
+    fingerprint = f"{model_fingerprint(model_path)}-{max_new_tokens}"
+
+    def answers_of(is_blind: bool) -> dict[str | int, str]:
+        return answer_questions(
+            questions,
+            generate,
+            image_folder=image_folder,
+            answers_path=output_dir / ("answers_blind.jsonl" if is_blind else "answers.jsonl"),
+            model_id=model_path.name,
+            fingerprint=fingerprint,
+            batch_size=batch_size,
+            blind=is_blind,
+            description="without images" if is_blind else "with images",
+        )
+
+    answers = answers_of(is_blind=False)
+    scores = score_answers(questions, answers, chance)
+    blind_scores = score_answers(questions, answers_of(is_blind=True), chance) if blind else []
+    _write_reports(output_dir, model_path.name, scores, blind_scores)
+    return Evaluation(
+        questions=tuple(questions), answers=answers, scores=tuple(scores), blind_scores=tuple(blind_scores)
+    )
+
+
+def _write_reports(output_dir: Path, model_id: str, scores: Sequence[Score], blind_scores: Sequence[Score]) -> None:
+    report = json.dumps(json_report(model_id, scores, blind_scores), indent=2)
+    (output_dir / "report.json").write_text(report + "\n", encoding="utf-8")
+    (output_dir / "report.md").write_text(markdown_table(report_rows(scores, blind_scores)) + "\n", encoding="utf-8")
