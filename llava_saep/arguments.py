@@ -1,0 +1,470 @@
+"""LLaVA's training flags, and how they become a `RunConfig`.
+
+The flags are declared as dataclasses for transformers' HfArgumentParser, but never instantiated: making a
+TrainingArguments starts devices and process groups, while a command line must be checkable anywhere. What LLaVA and
+older transformers called differently is translated first, with one warning that lists every translation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import functools
+import importlib.util
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import transformers
+from transformers import HfArgumentParser
+
+from llava_saep.data.templates import TEMPLATE_NAMES, conversation_template
+from llava_saep.errors import UserError
+from llava_saep.train.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainablePart, TrainingConfig
+from projectors import ProjectorSelection, parse_projector_options, select_projector
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_PROJECTOR = "linear"
+
+CHANGED_DEFAULTS = frozenset({"optim", "remove_unused_columns", "report_to"})
+"""Flags of transformers with another default here."""
+
+
+@dataclass
+class ModelArguments:
+    """Flags of LLaVA's ModelArguments, and ours on the projector."""
+
+    _argument_group_name = "model"
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "language model (folder or hub name), or a model that was saved by a run"}
+    )
+    version: str = field(
+        default="v0", metadata={"help": f"conversation template: v0 (trains as v1) or {', '.join(TEMPLATE_NAMES)}"}
+    )
+    vision_tower: str | None = field(default=None, metadata={"help": "vision tower (folder or hub name)"})
+    mm_projector_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "projector by name (see `llava-saep projectors`) or package.module:Class; "
+            f"None: {DEFAULT_PROJECTOR}, or the one of a saved model"
+        },
+    )
+    mm_projector_options: str | None = field(
+        default=None, metadata={"help": "options of the projector: '{\"stride\": 3}' or stride=3,kernel_size=7"}
+    )
+    trust_projector_code: bool = field(
+        default=False, metadata={"help": "let a saved config import a projector from outside this package"}
+    )
+    mm_vision_select_layer: list[int] | None = field(
+        default=None,
+        metadata={"help": "hidden state(s) of the tower that the projector reads; None: the projector's own choice"},
+    )
+    mm_vision_select_feature: Literal["patch", "cls_patch"] = field(
+        default="patch", metadata={"help": "cls_patch keeps the class token"}
+    )
+    pretrain_mm_mlp_adapter: str | None = field(
+        default=None, metadata={"help": "projector weights to start from (stage 1's output: the file or its folder)"}
+    )
+    tune_mm_mlp_adapter: bool = field(default=False, metadata={"help": "stage 1: train the projector alone"})
+    freeze_backbone: bool = field(default=False, metadata={"help": "keep the language model as it is"})
+    unfreeze_mm_vision_tower: bool = field(default=False, metadata={"help": "train the vision tower too"})
+    mm_use_im_start_end: bool = field(default=False, metadata={"help": "only False is supported"})
+    mm_use_im_patch_token: bool = field(default=True, metadata={"help": "accepted for LLaVA's scripts; no effect"})
+    mm_patch_merge_type: str = field(default="flat", metadata={"help": "only flat is supported"})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "eager, sdpa, flash_attention_2, flex_attention; None: transformers chooses"}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Flags of LLaVA's DataArguments, and ours on bad records."""
+
+    _argument_group_name = "data"
+
+    data_path: str | None = field(default=None, metadata={"help": "LLaVA JSON file"})
+    image_folder: str | None = field(default=None, metadata={"help": "folder that the records' images are relative to"})
+    image_aspect_ratio: str = field(default="square", metadata={"help": "square (crop) or pad"})
+    on_bad_sample: Literal["error", "skip"] = field(
+        default="error", metadata={"help": "a record that cannot be used stops the run, or is counted and skipped"}
+    )
+    lazy_preprocess: bool = field(default=False, metadata={"help": "accepted for LLaVA's scripts; always lazy"})
+    is_multimodal: bool = field(default=False, metadata={"help": "accepted for LLaVA's scripts; no effect"})
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """Flags of LLaVA's TrainingArguments on top of transformers', and ours on resuming."""
+
+    _argument_group_name = "training"
+
+    cache_dir: str | None = field(default=None, metadata={"help": "no effect: set HF_HOME instead"})
+    optim: str = field(default="adamw_torch", metadata={"help": "optimizer (see transformers' OptimizerNames)"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "only False is supported"})
+    report_to: str | None = field(default="none", metadata={"help": "wandb, tensorboard, ... or none"})
+    freeze_mm_mlp_adapter: bool = field(default=False, metadata={"help": "keep the projector as it is"})
+    mpt_attn_impl: str | None = field(default="triton", metadata={"help": "no effect: see --attn_implementation"})
+    model_max_length: int = field(default=512, metadata={"help": "tokens of one sample, image tokens included"})
+    double_quant: bool = field(default=True, metadata={"help": "accepted for LLaVA's scripts; no effect"})
+    quant_type: str = field(default="nf4", metadata={"help": "accepted for LLaVA's scripts; no effect"})
+    bits: int = field(default=16, metadata={"help": "only 16 is supported"})
+    lora_enable: bool = field(default=False, metadata={"help": "train adapters in place of the language model"})
+    lora_r: int = field(default=64, metadata={"help": "rank of the adapters"})
+    lora_alpha: int = field(default=16, metadata={"help": "scale of the adapters, divided by the rank"})
+    lora_dropout: float = 0.05
+    lora_weight_path: str = field(default="", metadata={"help": "no effect, as in LLaVA"})
+    lora_bias: Literal["none", "all", "lora_only"] = "none"
+    mm_projector_lr: float | None = field(default=None, metadata={"help": "learning rate of the projector"})
+    group_by_modality_length: bool = field(
+        default=False, metadata={"help": "batches of like lengths, with images or without, as LLaVA's fine-tuning"}
+    )
+    resume: str = field(
+        default="auto",
+        metadata={"help": "auto: from the newest complete checkpoint in --output_dir; never; or a checkpoint's path"},
+    )
+
+
+def own_flags() -> tuple[str, ...]:
+    """Every flag that is declared here, sorted: what a release must keep, or rename with care."""
+    inherited = {f.name for f in dataclasses.fields(transformers.TrainingArguments)}
+    kinds = (ModelArguments, DataArguments, TrainingArguments)
+    declared = {f.name for kind in kinds for f in dataclasses.fields(kind) if f.init}
+    return tuple(sorted(declared - inherited | CHANGED_DEFAULTS))
+
+
+# Flags of earlier versions
+
+_RENAMED_FLAGS = {
+    "evaluation_strategy": "eval_strategy",
+    "warmup_ratio": "warmup_steps",
+    "no_cuda": "use_cpu",
+    "push_to_hub_token": "hub_token",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "resume_from_checkpoint": "resume",
+}
+"""Old name -> new name, the value staying as it is. A warmup below 1 is a share of all steps in both spellings."""
+
+_REPLACED_SWITCHES = {
+    "group_by_length": ("--train_sampling_strategy", "group_by_length"),
+    "adafactor": ("--optim", "adafactor"),
+    "include_tokens_per_second": ("--include_num_input_tokens_seen", "all"),
+}
+"""A switch that became a value of another flag; False is the default and is dropped."""
+
+_DROPPED_FLAGS = {
+    "save_safetensors": "weights are always written as safetensors",
+    "logging_dir": "set TENSORBOARD_LOGGING_DIR",
+    "overwrite_output_dir": "--resume never starts anew beside what is there",
+    "use_mps_device": "the device is found by itself",
+    "jit_mode_eval": "removed from transformers",
+    "fp16_backend": "removed from transformers",
+    "half_precision_backend": "removed from transformers",
+    "fp16_opt_level": "removed from transformers",
+    "past_index": "removed from transformers",
+    "tpu_num_cores": "removed from transformers",
+    "use_ipex": "removed from transformers",
+}
+"""Flags without a successor, with the reason."""
+
+
+def _switch_value(flag: str, value: str | None) -> bool:
+    """Read a True/False word; a bare switch is True."""
+    if value is None:
+        return True
+    if value.lower() in ("true", "1", "yes", "y", "t"):
+        return True
+    if value.lower() in ("false", "0", "no", "n", "f"):
+        return False
+    raise UserError(f"--{flag} {value}: expected True or False")
+
+
+def _translate_flag(name: str, value: str | None) -> tuple[list[str], str] | None:
+    """Return the present spelling of an old flag and a note about it; None if `name` is no old flag."""
+    shown = f"--{name}" if value is None else f"--{name} {value}"
+    if name in _DROPPED_FLAGS:
+        return [], f"{shown} is ignored: {_DROPPED_FLAGS[name]}"
+    if name in _REPLACED_SWITCHES:
+        if not _switch_value(name, value):
+            return [], f"{shown} is ignored: it is the default"
+        tokens = list(_REPLACED_SWITCHES[name])
+        return tokens, f"{shown} -> {' '.join(tokens)}"
+    if name not in _RENAMED_FLAGS:
+        return None
+    if name == "resume_from_checkpoint" and value is not None and value.lower() in ("true", "false"):
+        value = "auto" if value.lower() == "true" else "never"
+    tokens = [f"--{_RENAMED_FLAGS[name]}"] + ([] if value is None else [value])
+    return tokens, f"{shown} -> {' '.join(tokens)}"
+
+
+def translate_removed_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Rewrite flags that transformers removed.
+
+    Returns:
+        the arguments in today's spelling, and one note per translation ("--warmup_ratio 0.03 -> --warmup_steps 0.03").
+    Raises:
+        UserError: an old and its new spelling are both given.
+    """
+    tokens, notes, position = [], [], 0
+    given = {token.split("=")[0].lstrip("-").replace("-", "_") for token in argv if token.startswith("--")}
+    while position < len(argv):
+        token = argv[position]
+        position += 1
+        name, has_value, value = token.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not token.startswith("--") or name not in {*_RENAMED_FLAGS, *_REPLACED_SWITCHES, *_DROPPED_FLAGS}:
+            tokens.append(token)
+            continue
+        if not has_value:
+            value = None
+            if position < len(argv) and not argv[position].startswith("--"):
+                value = argv[position]
+                position += 1
+        replacement, note = _translate_flag(name, value)
+        if replacement and replacement[0].removeprefix("--") in given:
+            raise UserError(f"--{name} is the old name of {replacement[0]}, and both are given; drop --{name}")
+        tokens += replacement
+        notes.append(note)
+    return tokens, notes
+
+
+# Parsing
+
+
+class _Parser(HfArgumentParser):
+    """Says what is wrong as a UserError, in place of a usage text of three screens."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}. `--help` lists the flags.")
+
+
+@functools.cache
+def _parser() -> _Parser:
+    return _Parser(
+        [ModelArguments, DataArguments, TrainingArguments],
+        prog="llava-saep train",
+        description="Train a LLaVA with any registered projector. The flags are LLaVA's and transformers'.",
+    )
+
+
+def _flag_names() -> list[str]:
+    return [option for action in _parser()._actions for option in action.option_strings if option.startswith("--")]
+
+
+def _parse_namespace(argv: Sequence[str]) -> argparse.Namespace:
+    namespace, unknown = _parser().parse_known_args(list(argv))
+    if not unknown:
+        return namespace
+    first = unknown[0]
+    if not first.startswith("-"):
+        raise UserError(f"{first!r} belongs to no flag; every argument is given as --flag value")
+    close = difflib.get_close_matches(first.split("=")[0], _flag_names(), n=1)
+    hint = f" Did you mean {close[0]}?" if close else " `--help` lists the flags."
+    raise UserError(f"unknown flag {first.split('=')[0]}.{hint}")
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
+    """Read a command line of LLaVA's training script.
+
+    Args:
+        argv: the arguments without the program; None: those of this process.
+    Raises:
+        UserError: a flag is unknown, misses, contradicts another, or has a value that is not supported.
+        projectors.ProjectorError: the projector or one of its options is unknown.
+    """
+    tokens, notes = translate_removed_flags(sys.argv[1:] if argv is None else argv)
+    namespace = _parse_namespace(tokens)
+    if notes:
+        logger.warning("flags of an earlier transformers were translated: %s", "; ".join(notes))
+    _refuse_unsupported(namespace)
+    _warn_without_effect(namespace)
+    return RunConfig(model=_model_config(namespace), data=_data_config(namespace), training=_training_config(namespace))
+
+
+def _refuse_unsupported(flags: argparse.Namespace) -> None:
+    """Stop at values that LLaVA or transformers accept and this project does not implement."""
+    if flags.image_aspect_ratio not in ("square", "pad"):
+        later = " (anyres is not supported yet)" if flags.image_aspect_ratio == "anyres" else ""
+        raise UserError(f"--image_aspect_ratio {flags.image_aspect_ratio}: expected square or pad{later}")
+    if flags.mm_use_im_start_end:
+        raise UserError("--mm_use_im_start_end True is not supported: images stand without start and end tokens")
+    if flags.mm_patch_merge_type != "flat":
+        raise UserError(f"--mm_patch_merge_type {flags.mm_patch_merge_type}: only flat is supported yet")
+    if flags.bits != 16:
+        installed = importlib.util.find_spec("bitsandbytes") is not None
+        reason = "training on quantised weights is not implemented" if installed else "bitsandbytes is not installed"
+        raise UserError(f"--bits {flags.bits}: {reason}; use --bits 16, with --lora_enable True to save memory")
+    if flags.remove_unused_columns:
+        raise UserError("--remove_unused_columns True would drop the images; leave it at False")
+    if flags.eval_strategy != "no":
+        raise UserError(
+            f"--eval_strategy {flags.eval_strategy}: there is no evaluation data during training; "
+            "use no, and evaluate checkpoints with `llava-saep eval`"
+        )
+    if flags.label_smoothing_factor != 0:
+        raise UserError("--label_smoothing_factor: not supported, the loss is computed inside the model; use 0")
+    if flags.fsdp:
+        raise UserError("--fsdp is not supported; use --deepspeed with a file of deepspeed_configs/")
+    if flags.bf16 and flags.fp16:
+        raise UserError("--bf16 and --fp16 are both True; choose one (bf16 where the GPU has it)")
+
+
+def _warn_without_effect(flags: argparse.Namespace) -> None:
+    ignored = []
+    if flags.cache_dir is not None:
+        ignored.append("--cache_dir (set HF_HOME instead)")
+    if flags.mpt_attn_impl not in (None, "triton"):
+        ignored.append("--mpt_attn_impl (see --attn_implementation)")
+    if flags.lora_weight_path:
+        ignored.append("--lora_weight_path (nor has it in LLaVA)")
+    if ignored:
+        logger.warning("flags without effect: %s", ", ".join(ignored))
+
+
+def _require(flags: argparse.Namespace, name: str, meaning: str) -> str:
+    value = getattr(flags, name)
+    if not value:
+        raise UserError(f"--{name} is missing: expected {meaning}")
+    return value
+
+
+# The model
+
+
+def _default_num_layers_read(selection: ProjectorSelection) -> int:
+    """Return how many hidden states a projector reads by default; on a tower of 24 layers, since towers differ."""
+    return len(selection.spec.config_class.default_vision_layers(24))
+
+
+def _select_projector(flags: argparse.Namespace) -> ProjectorSelection:
+    """Choose the projector and write the layers that it reads into its options.
+
+    LLaVA's scripts always pass `--mm_vision_select_layer -2`. A projector that combines several layers ignores a
+    single one, so that swapping the projector stays a change of one flag.
+    """
+    options = parse_projector_options(flags.mm_projector_options or "")
+    layers = flags.mm_vision_select_layer
+    if flags.mm_vision_select_feature == "cls_patch":
+        options.setdefault("keep_cls_token", True)
+    spelling = flags.mm_projector_type or DEFAULT_PROJECTOR
+    selection = select_projector(spelling, options, trust_projector_code=True)  # the user names it here
+    if layers is None or "vision_layers" in options:
+        return selection
+    if len(layers) == 1 and _default_num_layers_read(selection) > 1:
+        logger.warning(
+            "--mm_vision_select_layer %d is not applied: projector %s combines several layers. To choose them, give "
+            "several (--mm_vision_select_layer 12 16 22), or vision_layers in --mm_projector_options",
+            layers[0],
+            selection.name,
+        )
+        return selection
+    return select_projector(spelling, {**options, "vision_layers": layers}, trust_projector_code=True)
+
+
+def _model_config(flags: argparse.Namespace) -> ModelConfig:
+    return ModelConfig(
+        language_model=_require(flags, "model_name_or_path", "a language model (folder or hub name)"),
+        vision_tower=flags.vision_tower,
+        projector=_select_projector(flags),
+        keeps_saved_projector=flags.mm_projector_type is None and flags.mm_projector_options is None,
+        projector_weights=flags.pretrain_mm_mlp_adapter,
+        attn_implementation=flags.attn_implementation,
+        trust_projector_code=flags.trust_projector_code,
+    )
+
+
+# The data
+
+
+def _template_name(version: str) -> str:
+    """Return the template that `--version` trains with: LLaVA's v0 and v0.5 only change tokens, not the template."""
+    if version in ("v0", "v0.5"):
+        return "v1"
+    return conversation_template(version).name
+
+
+def _data_config(flags: argparse.Namespace) -> DataConfig:
+    return DataConfig(
+        data_path=_require(flags, "data_path", "a JSON file of LLaVA records"),
+        image_folder=flags.image_folder,
+        image_aspect_ratio=flags.image_aspect_ratio,
+        conversation_template=_template_name(flags.version),
+        max_length=flags.model_max_length,
+        on_bad_sample=flags.on_bad_sample,
+    )
+
+
+# The loop
+
+
+def _trainable_parts(flags: argparse.Namespace) -> frozenset[TrainablePart]:
+    """Turn LLaVA's five switches into one set.
+
+    Raises:
+        UserError: two of them contradict each other, or nothing is left to train.
+    """
+    if flags.tune_mm_mlp_adapter:
+        for other in ("freeze_mm_mlp_adapter", "lora_enable", "unfreeze_mm_vision_tower"):
+            if getattr(flags, other):
+                raise UserError(
+                    f"--tune_mm_mlp_adapter True trains the projector alone and contradicts --{other} True; drop one"
+                )
+        return frozenset({"projector"})
+    if flags.lora_enable:
+        parts = {"projector", "lora"}
+    elif flags.freeze_backbone:
+        parts = {"projector"}
+    else:
+        parts = {"projector", "language_model"}
+    if flags.freeze_mm_mlp_adapter:
+        parts.remove("projector")
+    if flags.unfreeze_mm_vision_tower:
+        parts.add("vision_tower")
+    if not parts:
+        raise UserError("--freeze_backbone True and --freeze_mm_mlp_adapter True leave nothing to train; drop one")
+    return frozenset(parts)
+
+
+def _trainer_arguments(flags: argparse.Namespace) -> Mapping[str, Any]:
+    """Collect what transformers.TrainingArguments is to be made with: what was given, and our own defaults."""
+    handled_here = {"output_dir", "save_total_limit", "local_rank", "resume_from_checkpoint", "gradient_checkpointing"}
+    defaults = _parser().parse_args([])
+    values = {
+        f.name: getattr(flags, f.name)
+        for f in dataclasses.fields(transformers.TrainingArguments)
+        if f.init
+        and f.name not in handled_here
+        # Our defaults are compared as the parser reads them: it turns some of transformers' strings into booleans.
+        and (f.name in CHANGED_DEFAULTS or getattr(flags, f.name) != getattr(defaults, f.name))
+    }
+    if flags.gradient_checkpointing is not None and flags.activation_checkpointing is None:
+        values["activation_checkpointing"] = flags.gradient_checkpointing
+    return values
+
+
+def _training_config(flags: argparse.Namespace) -> TrainingConfig:
+    trainable = _trainable_parts(flags)
+    if flags.mm_projector_lr is not None and "projector" not in trainable:
+        raise UserError("--mm_projector_lr is given, but --freeze_mm_mlp_adapter True keeps the projector; drop one")
+    if flags.group_by_modality_length and flags.train_sampling_strategy != "random":
+        raise UserError(
+            f"--group_by_modality_length True contradicts --train_sampling_strategy {flags.train_sampling_strategy}"
+        )
+    lora = None
+    if "lora" in trainable:
+        lora = LoraConfig(rank=flags.lora_r, alpha=flags.lora_alpha, dropout=flags.lora_dropout, bias=flags.lora_bias)
+    return TrainingConfig(
+        output_dir=_require(flags, "output_dir", "a folder for checkpoints and the trained model"),
+        trainable=trainable,
+        lora=lora,
+        projector_learning_rate=flags.mm_projector_lr,
+        group_by_modality_length=flags.group_by_modality_length,
+        save_total_limit=flags.save_total_limit,
+        resume=flags.resume,
+        trainer_arguments=_trainer_arguments(flags),
+    )

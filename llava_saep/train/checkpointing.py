@@ -1,0 +1,267 @@
+"""Checkpoints that are either complete or not there.
+
+DeepSpeed's `latest` file and transformers' newest folder are both written while other ranks may still be saving, so a
+killed run can leave a torn folder that looks like a checkpoint. Here a manifest with every file's size and checksum is
+written last, after a barrier, and only a folder that matches its manifest is resumed from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava_saep.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST_NAME = "checkpoint_manifest.json"
+_MANIFEST_FORMAT = 1
+_FOLDER_PATTERN = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFacts:
+    """What a run must have in common with a checkpoint to go on from it.
+
+    Args:
+        global_step: optimizer steps taken.
+        world_size: ranks whose optimizer shards lie in the checkpoint.
+        zero_stage: DeepSpeed's stage; None without DeepSpeed.
+        trainable: shape of each parameter that learns, by name.
+    """
+
+    global_step: int
+    world_size: int
+    zero_stage: int | None
+    trainable: Mapping[str, tuple[int, ...]]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)
+
+
+def write_manifest(folder: Path, facts: CheckpointFacts) -> Path:
+    """List every file of a finished checkpoint, with size and checksum; the manifest appears in one step.
+
+    Call it on one rank, after a barrier that follows the last write of every rank.
+    """
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in _files_of(folder)
+    }
+    manifest = {
+        "format": _MANIFEST_FORMAT,
+        "global_step": facts.global_step,
+        "world_size": facts.world_size,
+        "zero_stage": facts.zero_stage,
+        "trainable": {name: list(shape) for name, shape in facts.trainable.items()},
+        "files": files,
+    }
+    partial = folder / f"{MANIFEST_NAME}.partial"
+    with partial.open("w") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, folder / MANIFEST_NAME)
+    return folder / MANIFEST_NAME
+
+
+def _read_manifest(folder: Path) -> dict | None:
+    try:
+        manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return manifest if manifest.get("format") == _MANIFEST_FORMAT else None
+
+
+def read_facts(folder: Path) -> CheckpointFacts:
+    """Read what a checkpoint's manifest says about the run that wrote it.
+
+    Raises:
+        UserError: the folder has no readable manifest.
+    """
+    manifest = _read_manifest(folder)
+    if manifest is None:
+        raise UserError(f"{folder} has no readable {MANIFEST_NAME}; expected a checkpoint that a run finished writing")
+    return CheckpointFacts(
+        global_step=manifest["global_step"],
+        world_size=manifest["world_size"],
+        zero_stage=manifest["zero_stage"],
+        trainable={name: tuple(shape) for name, shape in manifest["trainable"].items()},
+    )
+
+
+def why_incomplete(folder: Path) -> str | None:
+    """Say what is wrong with a checkpoint; None if every file is there, in full.
+
+    A missing or short file is found at once; a file of the right size is read to compare its checksum.
+    """
+    manifest = _read_manifest(folder)
+    if manifest is None:
+        return f"it has no readable {MANIFEST_NAME}, so saving it was interrupted"
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+    for name, expected in manifest["files"].items():
+        if _sha256(folder / name) != expected["sha256"]:
+            return f"{name} has another content than when it was saved"
+    return None
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoint folders of a run, complete or not, newest first."""
+    if not output_dir.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in output_dir.iterdir() if (match := _FOLDER_PATTERN.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True) if path.is_dir()]
+
+
+def find_newest_complete(output_dir: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """Find the newest complete checkpoint.
+
+    Returns:
+        its folder or None, and the newer ones that were passed over, each with the reason.
+    """
+    passed_over = []
+    for folder in list_checkpoints(output_dir):
+        reason = why_incomplete(folder)
+        if reason is None:
+            return folder, passed_over
+        passed_over.append((folder, reason))
+    return None, passed_over
+
+
+def choose_checkpoint(output_dir: Path, resume: str) -> Path | None:
+    """Decide what a run goes on from, and log the decision.
+
+    Args:
+        resume: "auto", "never", or the path of a checkpoint.
+    Returns:
+        the checkpoint's folder; None to start from the beginning.
+    Raises:
+        UserError: the path names no complete checkpoint, or there are checkpoints and none is complete.
+    """
+    if resume == "never":
+        return None
+    if resume != "auto":
+        folder = Path(resume)
+        if not folder.is_dir():
+            raise UserError(f"--resume {resume}: no such folder; expected auto, never, or a checkpoint-N folder")
+        reason = why_incomplete(folder)
+        if reason is not None:
+            raise UserError(f"--resume {resume}: {reason}; choose another checkpoint, or --resume auto")
+        logger.info("resuming from %s", folder)
+        return folder
+    folder, passed_over = find_newest_complete(output_dir)
+    for path, reason in passed_over:
+        logger.warning("passing over %s: %s", path, reason)
+    if folder is not None:
+        logger.info("resuming from %s; --resume never starts anew", folder)
+    elif passed_over:
+        raise UserError(
+            f"{output_dir} holds {len(passed_over)} checkpoint(s), none of them complete; "
+            "--resume never starts from the beginning"
+        )
+    return folder
+
+
+def check_same_run(folder: Path, found: CheckpointFacts, current: CheckpointFacts) -> None:
+    """Refuse to load optimizer state into a run that it does not belong to.
+
+    Raises:
+        UserError: the number of ranks, the ZeRO stage or the set of learning parameters differs.
+    """
+    advice = "go on with the settings of that run, or start anew with --resume never and another --output_dir"
+    if found.world_size != current.world_size:
+        raise UserError(
+            f"{folder} was saved by {found.world_size} rank(s), this run has {current.world_size}: optimizer shards "
+            f"fit their own number of ranks; {advice}"
+        )
+    if found.zero_stage != current.zero_stage:
+        raise UserError(
+            f"{folder} was saved under ZeRO stage {found.zero_stage}, this run has {current.zero_stage}; {advice}"
+        )
+    if found.trainable != current.trainable:
+        names = sorted(
+            name
+            for name in found.trainable.keys() | current.trainable.keys()
+            if found.trainable.get(name) != current.trainable.get(name)
+        )
+        name = names[0]
+        raise UserError(
+            f"{folder} belongs to a run that trains other parameters ({len(names)} differ, such as {name!r}: "
+            f"saved {found.trainable.get(name)}, now {current.trainable.get(name)}); {advice}"
+        )
+
+
+def remove_old_checkpoints(output_dir: Path, *, keep: int | None) -> list[Path]:
+    """Delete checkpoints beyond the `keep` newest complete ones, and torn ones that are older than a complete one.
+
+    Call it only after the newest manifest is written, so that a complete checkpoint exists at every moment. A folder
+    counts as complete here if it has a manifest; contents were compared when it was written.
+
+    Args:
+        keep: None: all complete ones.
+    Returns:
+        the deleted folders.
+    """
+    removed, num_complete = [], 0
+    for folder in list_checkpoints(output_dir):
+        is_complete = _read_manifest(folder) is not None
+        if is_complete and (keep is None or num_complete < keep):
+            num_complete += 1
+        elif num_complete > 0:
+            # Without its manifest a half-deleted folder is no checkpoint.
+            (folder / MANIFEST_NAME).unlink(missing_ok=True)
+            shutil.rmtree(folder)
+            removed.append(folder)
+    return removed
+
+
+def publish(staging: Path, output_dir: Path) -> None:
+    """Move the files of a finished model from `staging` into `output_dir`, config.json last, and remove `staging`.
+
+    A reader that finds config.json finds all of the model; each file appears whole (same file system).
+    """
+    files = sorted(path for path in staging.rglob("*") if path.is_file())
+    for path in sorted(files, key=lambda path: path.name == "config.json"):
+        target = output_dir / path.relative_to(staging)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+    shutil.rmtree(staging)
+
+
+def set_aside(output_dir: Path) -> Path | None:
+    """Move checkpoints of an earlier run out of the way of a new one (`--resume never`).
+
+    Left in place, they would be taken for this run's when it is resumed.
+
+    Returns:
+        the folder that holds them now; None if there were none.
+    """
+    folders = list_checkpoints(output_dir)
+    if not folders:
+        return None
+    number = 1
+    while (target := output_dir / f"earlier_run_{number}").exists():
+        number += 1
+    target.mkdir()
+    for folder in folders:
+        os.replace(folder, target / folder.name)
+    logger.warning("%d checkpoint(s) of an earlier run were moved to %s", len(folders), target)
+    return target

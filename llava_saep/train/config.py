@@ -1,0 +1,102 @@
+"""What a training run is told, as frozen values: `llava_saep.arguments` makes them from LLaVA's flags.
+
+Nothing here touches a device, a file or another process, so a command line can be checked anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from projectors import ProjectorSelection
+
+TRAINABLE_PARTS = ("vision_tower", "projector", "language_model", "lora")
+"""What a run can train. `lora` stands for adapters on a language model whose own weights stay as they are."""
+
+TrainablePart = Literal["vision_tower", "projector", "language_model", "lora"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which pretrained parts the model is made of.
+
+    Args:
+        language_model: `--model_name_or_path`; a language model, or a model that this project saved.
+        vision_tower: `--vision_tower`; None only where `language_model` is a saved model that names its own.
+        projector: the projector to train with.
+        keeps_saved_projector: no flag names a projector, so that a saved model's own takes precedence.
+        projector_weights: `--pretrain_mm_mlp_adapter`: stage 1's output, a file or its folder.
+        attn_implementation: None lets transformers choose.
+    """
+
+    language_model: str
+    vision_tower: str | None
+    projector: ProjectorSelection
+    keeps_saved_projector: bool = False
+    projector_weights: str | None = None
+    attn_implementation: str | None = None
+    trust_projector_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which records are trained on, and how they become tokens.
+
+    Args:
+        conversation_template: a name of `llava_saep.data.templates`.
+        max_length: tokens of one sample, image tokens included; what is longer is cut.
+    """
+
+    data_path: str
+    image_folder: str | None
+    image_aspect_ratio: Literal["square", "pad"] = "square"
+    conversation_template: str = "v1"
+    max_length: int = 512
+    on_bad_sample: Literal["error", "skip"] = "error"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters on the linear layers of the language model (Hu et al., 2021)."""
+
+    rank: int = 64
+    alpha: float = 16
+    dropout: float = 0.05
+    bias: Literal["none", "all", "lora_only"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How the model is trained.
+
+    Args:
+        trainable: parts whose weights change.
+        lora: present exactly if `trainable` holds "lora".
+        projector_learning_rate: `--mm_projector_lr`; None: as the rest.
+        save_total_limit: checkpoints kept; None: all.
+        resume: "auto" (newest complete checkpoint in output_dir, if any), "never", or the path of one.
+        trainer_arguments: keyword arguments of transformers.TrainingArguments, as given on the command line.
+    """
+
+    output_dir: str
+    trainable: frozenset[TrainablePart]
+    lora: LoraConfig | None = None
+    projector_learning_rate: float | None = None
+    group_by_modality_length: bool = False
+    save_total_limit: int | None = None
+    resume: str = "auto"
+    trainer_arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert ("lora" in self.trainable) == (self.lora is not None)
+        assert not {"lora", "language_model"} <= self.trainable
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run."""
+
+    model: ModelConfig
+    data: DataConfig
+    training: TrainingConfig

@@ -1,0 +1,247 @@
+"""Starting one rank: device, process group, rank-zero logging, and what must not be waited for silently.
+
+DeepSpeed on CPU starts by compiling a shared-memory all-reduce unless it is told not to, and ZeRO-3 there needs the
+process group before TrainingArguments exist; both are done here. On GPUs nothing special is needed (that path follows
+DeepSpeed's documentation and has not been run by this project's tests).
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed
+
+from llava_saep.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+COMPILE_ALL_REDUCE_VARIABLE = "LLAVA_SAEP_SHM_ALL_REDUCE"
+"""Set to 1, DeepSpeed compiles its shared-memory all-reduce for CPU ranks (needs g++ and minutes, once)."""
+
+T = TypeVar("T")
+
+
+# Ranks
+
+
+def rank() -> int:
+    """This process's number among all; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes train together; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_rank_zero() -> bool:
+    return rank() == 0
+
+
+class _RankZeroFilter(logging.Filter):
+    """Let other ranks speak of errors alone, since they repeat what rank 0 says."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return is_rank_zero() or record.levelno >= logging.ERROR
+
+
+def configure_logging(level: int = logging.INFO) -> None:
+    """Send this project's log to stderr, once, from rank 0 (errors from every rank)."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    handler.addFilter(_RankZeroFilter())
+    for name in ("llava_saep", "projectors"):
+        own = logging.getLogger(name)
+        own.handlers[:] = [handler]
+        own.setLevel(level)
+        own.propagate = False
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def broadcast_object(value: T) -> T:
+    """Return rank 0's value on every rank."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+# Start
+
+
+def has_accelerator() -> bool:
+    """Whether transformers would place a model on something else than the CPU."""
+    return torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available()
+
+
+def fit_to_device(
+    arguments: Mapping[str, Any], *, on_accelerator: bool, available_reporters: tuple[str, ...] | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """Adapt arguments for transformers.TrainingArguments to this machine.
+
+    Args:
+        arguments: as given on the command line.
+        on_accelerator: False: the run is on CPU, whether asked for or for want of a GPU.
+        available_reporters: what `--report_to` can name here; None: everything.
+    Returns:
+        the adapted arguments, and a sentence on each thing that was changed against the user's word.
+    Raises:
+        UserError: fp16 on CPU.
+    """
+    fitted, notes = dict(arguments), []
+    if not on_accelerator:
+        fitted["use_cpu"] = True
+        if fitted.get("fp16"):
+            raise UserError("--fp16 True: training in fp16 needs a GPU, none is used here; use --bf16 True or neither")
+        if fitted.pop("tf32", None):
+            notes.append("--tf32 True is ignored: it is a mode of NVIDIA GPUs, and this run is on CPU")
+    reporters = fitted.get("report_to") or []
+    reporters = [reporters] if isinstance(reporters, str) else list(reporters)
+    if available_reporters is not None:
+        missing = [name for name in reporters if name not in (*available_reporters, "none", "all")]
+        for name in missing:
+            notes.append(f"--report_to {name} is ignored: the package is not installed")
+        reporters = [name for name in reporters if name not in missing]
+    fitted["report_to"] = reporters or "none"
+    return fitted, notes
+
+
+def available_reporters() -> tuple[str, ...]:
+    """Names that `--report_to` can take with the packages that are installed."""
+    from transformers.integrations import get_available_reporting_integrations
+
+    return tuple(get_available_reporting_integrations())
+
+
+def runs_on_accelerator(arguments: Mapping[str, Any]) -> bool:
+    """Whether a run with these arguments uses the machine's accelerator."""
+    return has_accelerator() and not arguments.get("use_cpu", False)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _describe_lone_process() -> None:
+    """Give a process without a launcher the variables that process groups are made from."""
+    if "RANK" in os.environ:
+        return
+    lone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update({**lone, "MASTER_PORT": str(_free_port())})
+
+
+def start_process_group(*, uses_deepspeed: bool, on_accelerator: bool, timeout_seconds: float) -> None:
+    """Make the process group where transformers would make it too late or not at all.
+
+    With DeepSpeed on CPU, ZeRO-3's zero.Init asks deepspeed.comm for the world size before any engine exists, and
+    transformers initialises torch.distributed alone there. Everywhere else transformers does it.
+    """
+    if not uses_deepspeed or on_accelerator:
+        return
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    _describe_lone_process()
+    import deepspeed
+
+    if os.environ.get(COMPILE_ALL_REDUCE_VARIABLE) == "1":
+        warn_of_stale_jit_locks()
+    else:
+        # The op is only a faster all-reduce between ranks of one host. Without it gloo does the work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    deepspeed.init_distributed(dist_backend="gloo", timeout=timeout, verbose=False)
+
+
+def leave_process_group() -> None:
+    """End the process group, without waiting for other ranks."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+# Locks of interrupted compilations
+
+
+@dataclass(frozen=True)
+class StaleLock:
+    """A lock file that a killed compilation left; every later run waits for it without a word.
+
+    Args:
+        path: the lock; deleting it lets the compilation start again.
+        age_seconds: since it was made.
+    """
+
+    path: Path
+    age_seconds: float
+
+
+def extensions_folder() -> Path:
+    """Where PyTorch keeps the extensions that it compiles at run time."""
+    override = os.environ.get("TORCH_EXTENSIONS_DIR")
+    return Path(override) if override else Path.home() / ".cache" / "torch_extensions"
+
+
+def _open_paths() -> set[str] | None:
+    """Files that this user's processes hold open; None where the system does not tell."""
+    processes = Path("/proc")
+    if not (processes / "self" / "fd").is_dir():
+        return None
+    paths = set()
+    for descriptors in processes.glob("[0-9]*/fd"):
+        try:
+            for descriptor in descriptors.iterdir():
+                paths.add(os.readlink(descriptor))
+        except OSError:  # another user's process, or one that has just ended
+            continue
+    return paths
+
+
+def find_stale_jit_locks(folder: Path | None = None, *, max_age_seconds: float = 1800) -> list[StaleLock]:
+    """Find locks of compilations that no longer run.
+
+    torch.utils.file_baton creates `<extension>/lock`, keeps it open while it compiles, and deletes it at the end; a
+    killed run does not. Where open files cannot be listed, a lock older than `max_age_seconds` counts as stale.
+
+    Args:
+        folder: None: where PyTorch puts its extensions.
+    """
+    folder = extensions_folder() if folder is None else folder
+    locks = [path for depth in ("*/lock", "*/*/lock") for path in sorted(folder.glob(depth))]
+    held = _open_paths() if locks else None
+    stale = []
+    for path in locks:
+        try:
+            age = time.time() - path.stat().st_mtime
+        except FileNotFoundError:
+            continue
+        is_stale = age > max_age_seconds if held is None else str(path.resolve()) not in held
+        if is_stale:
+            stale.append(StaleLock(path, age))
+    return stale
+
+
+def warn_of_stale_jit_locks() -> None:
+    """Say which locks would make a compilation wait for ever."""
+    for lock in find_stale_jit_locks():
+        logger.warning(
+            "%s was left %d minutes ago by a compilation that is no longer running; DeepSpeed may wait for it without "
+            "end. Delete it if no other run is compiling: rm %s",
+            lock.path,
+            lock.age_seconds // 60,
+            lock.path,
+        )

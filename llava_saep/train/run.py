@@ -1,0 +1,371 @@
+"""The driver of a training run: a list of steps, in an order that finds mistakes before anything slow or lasting."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from torch import nn
+from transformers import TrainingArguments
+
+from llava_saep.data.collator import ConversationCollator
+from llava_saep.data.dataset import ConversationDataset
+from llava_saep.data.templates import conversation_template
+from llava_saep.errors import UserError
+from llava_saep.model import LlavaSaepConfig, LlavaSaepProcessor
+from llava_saep.model.loading import (
+    build_model,
+    build_processor,
+    build_tokenizer,
+    find_projector_weights,
+    load_processor,
+    make_config,
+    read_config,
+)
+from llava_saep.model.projector_selection import remember_selection, selection_from_config, trusting_projector_code
+from llava_saep.model.vision_tower import unused_tower_parameters
+from llava_saep.train import checkpointing, distributed
+from llava_saep.train.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from llava_saep.train.lora import add_lora
+from llava_saep.train.trainable import set_trainable, trainable_table
+from llava_saep.train.trainer import LlavaTrainer
+from projectors import ProjectorError
+
+logger = logging.getLogger(__name__)
+
+STAGING_NAME = ".saving"
+"""Folder in output_dir in which the trained model is written before it is moved into place."""
+
+T = TypeVar("T")
+
+
+class RankError(UserError):
+    """A mistake that one rank met alone, such as a damaged image among its own samples."""
+
+
+def train(config: RunConfig) -> None:
+    """Run one training stage and leave the trained model in `output_dir`.
+
+    Raises:
+        UserError, ProjectorError: a file, flag or record is wrong; nothing half-written is left.
+    """
+    with trusting_projector_code(config.model.trust_projector_code):
+        check_paths(config)
+        arguments = start(config.training)
+        checkpoint = choose_checkpoint(config.training)
+        processor, model_config = plan_model(config)
+        dataset = build_dataset(config.data, processor, model_config)
+        model = load_weights(config.model, model_config, arguments)
+        model = choose_trainable(model, config.training, arguments)
+        trainer = make_trainer(model, processor, dataset, config, arguments)
+        run_loop(trainer, checkpoint)
+        save_result(trainer)
+
+
+# Before anything is started
+
+
+def check_paths(config: RunConfig) -> None:
+    """Find what is missing on disk.
+
+    Raises:
+        UserError: a file or folder that a flag names is not there.
+    """
+    if not Path(config.data.data_path).is_file():
+        raise UserError(f"--data_path {config.data.data_path}: no such file; expected a JSON file of LLaVA records")
+    if config.data.image_folder is not None and not Path(config.data.image_folder).is_dir():
+        raise UserError(f"--image_folder {config.data.image_folder}: no such folder")
+    if config.model.projector_weights is not None:
+        find_projector_weights(config.model.projector_weights)
+    output_dir = Path(config.training.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output_dir {output_dir}: is a file; expected a folder, or a new name")
+
+
+def find_deepspeed_config(path: str) -> Path:
+    """Find DeepSpeed's JSON file; LLaVA's `./scripts/zero2.json` is taken from deepspeed_configs/ where it is missing.
+
+    Raises:
+        UserError: there is no such file, or it is not JSON.
+    """
+    found = Path(path)
+    if not found.is_file():
+        ours = Path(__file__).resolve().parents[2] / "deepspeed_configs" / found.name
+        if not ours.is_file():
+            raise UserError(f"--deepspeed {path}: no such file; deepspeed_configs/ holds zero1.json, zero2.json, ...")
+        logger.warning("--deepspeed %s: no such file, using %s", path, ours)
+        found = ours
+    try:
+        json.loads(found.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"--deepspeed {path}: not valid JSON: {error}") from error
+    return found
+
+
+# Start
+
+
+def start(config: TrainingConfig) -> TrainingArguments:
+    """Fit the arguments to this machine, join the other ranks and make transformers' arguments.
+
+    Raises:
+        UserError: transformers or DeepSpeed refuses a value.
+    """
+    wanted = dict(config.trainer_arguments)
+    on_accelerator = distributed.runs_on_accelerator(wanted)
+    fitted, notes = distributed.fit_to_device(
+        wanted, on_accelerator=on_accelerator, available_reporters=distributed.available_reporters()
+    )
+    for note in notes:
+        logger.warning(note)
+    if fitted.get("deepspeed"):
+        fitted["deepspeed"] = _deepspeed_dict(fitted["deepspeed"])
+    if fitted.get("activation_checkpointing"):
+        fitted.setdefault("activation_checkpointing_kwargs", {"use_reentrant": False})
+    distributed.start_process_group(
+        uses_deepspeed=bool(fitted.get("deepspeed")),
+        on_accelerator=on_accelerator,
+        timeout_seconds=fitted.get("ddp_timeout", 1800),
+    )
+    try:
+        arguments = TrainingArguments(output_dir=config.output_dir, **fitted)
+    except ValueError as error:
+        raise UserError(f"transformers refuses the training arguments: {error}") from error
+    transformers.set_seed(arguments.seed)
+    return arguments
+
+
+def _deepspeed_dict(value: str | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    if value.lstrip().startswith("{"):
+        return json.loads(value)
+    return json.loads(find_deepspeed_config(value).read_text())
+
+
+def choose_checkpoint(config: TrainingConfig) -> Path | None:
+    """Let rank 0 look for a checkpoint, since reading checksums takes time, and tell every rank."""
+    return _on_rank_zero(lambda: checkpointing.choose_checkpoint(Path(config.output_dir), config.resume))
+
+
+def _on_rank_zero(decide: Callable[[], T]) -> T:
+    """Return rank 0's answer on every rank, and raise its UserError on every rank."""
+    answer, problem = None, None
+    if distributed.is_rank_zero():
+        try:
+            answer = decide()
+        except UserError as error:
+            problem = str(error)
+    answer, problem = distributed.broadcast_object((answer, problem))
+    if problem is not None:
+        raise UserError(problem)
+    return answer
+
+
+# Model and data
+
+
+def plan_model(config: RunConfig) -> tuple[LlavaSaepProcessor, LlavaSaepConfig]:
+    """Make processor and config from the parts' configs, so that data are checked before any weights are read.
+
+    Raises:
+        UserError, ProjectorError: a part cannot be read, or the projector cannot work between them.
+    """
+    model = config.model
+    base = read_config(model.language_model, "--model_name_or_path")
+    if isinstance(base, LlavaSaepConfig):
+        return _plan_from_saved(config, base)
+    if model.vision_tower is None:
+        raise UserError(
+            "--vision_tower is missing: expected a vision tower (folder or hub name), unless --model_name_or_path is "
+            "a model that a run saved"
+        )
+    tokenizer = build_tokenizer(model.language_model)
+    model_config = make_config(
+        language_model=model.language_model,
+        vision_tower=model.vision_tower,
+        projector=model.projector,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    processor = build_processor(
+        language_model=model.language_model,
+        vision_tower=model.vision_tower,
+        model_config=model_config,
+        tokenizer=tokenizer,
+        image_aspect_ratio=config.data.image_aspect_ratio,
+        conversation_template=config.data.conversation_template,
+    )
+    return processor, model_config
+
+
+def _plan_from_saved(config: RunConfig, base: LlavaSaepConfig) -> tuple[LlavaSaepProcessor, LlavaSaepConfig]:
+    """Plan a run that goes on from a saved model: its tower, its tokenizer, and its projector unless one is named."""
+    planned = copy.deepcopy(base)
+    if not config.model.keeps_saved_projector:
+        remember_selection(config.model.projector)
+        planned.projector = config.model.projector.to_dict()
+    saved = load_processor(config.model.language_model)
+    processor = LlavaSaepProcessor.from_model_config(
+        planned,
+        image_processor=saved.image_processor,
+        tokenizer=saved.tokenizer,
+        image_aspect_ratio=config.data.image_aspect_ratio,
+        conversation_template=config.data.conversation_template,
+    )
+    processor.tokenizer.padding_side = "right"
+    return processor, planned
+
+
+def build_dataset(
+    config: DataConfig, processor: LlavaSaepProcessor, model_config: LlavaSaepConfig
+) -> ConversationDataset:
+    """Read and check the records.
+
+    Raises:
+        UserError: the file is no list of records, or a record cannot be used and on_bad_sample is "error".
+    """
+    return ConversationDataset(
+        config.data_path,
+        config.image_folder,
+        tokenizer=processor.tokenizer,
+        image_processor=processor.image_processor,
+        image_aspect_ratio=config.image_aspect_ratio,
+        template=conversation_template(config.conversation_template),
+        num_image_tokens=model_config.num_image_tokens,
+        patch_size=model_config.vision_config.patch_size,
+        image_token_id=model_config.image_token_id,
+        max_length=config.max_length,
+        on_bad_sample=config.on_bad_sample,
+    )
+
+
+def weights_dtype(arguments: TrainingArguments) -> torch.dtype:
+    """Return the dtype of the weights: DeepSpeed keeps float32 copies itself, autocast needs them in the model."""
+    if not arguments.deepspeed:
+        return torch.float32
+    if arguments.bf16:
+        return torch.bfloat16
+    return torch.float16 if arguments.fp16 else torch.float32
+
+
+def load_weights(model: ModelConfig, model_config: LlavaSaepConfig, arguments: TrainingArguments) -> nn.Module:
+    """Read the pretrained parts; the projector starts anew, or from `--pretrain_mm_mlp_adapter`.
+
+    Raises:
+        UserError, ProjectorError: weights are missing, unreadable or misshapen.
+    """
+    dtype = weights_dtype(arguments)
+    built = build_model(
+        language_model=model.language_model,
+        vision_tower=model.vision_tower,
+        projector=selection_from_config(model_config.projector),
+        image_token_id=model_config.image_token_id,
+        projector_weights=model.projector_weights,
+        dtype=dtype,
+        attn_implementation=model.attn_implementation,
+    )
+    # One dtype for all: ZeRO-3 fails on a float32 projector in a bf16 model.
+    built.model.multi_modal_projector.to(dtype)
+    # Where an output that holds only what changed finds the rest, wherever it is read from.
+    built.config.language_model_name_or_path = _as_lasting_path(model.language_model)
+    if built.config.vision_tower_name_or_path is not None:
+        built.config.vision_tower_name_or_path = _as_lasting_path(built.config.vision_tower_name_or_path)
+    return built
+
+
+def _as_lasting_path(name_or_path: str) -> str:
+    path = Path(name_or_path)
+    return str(path.resolve()) if path.is_dir() else name_or_path
+
+
+def choose_trainable(model: nn.Module, config: TrainingConfig, arguments: TrainingArguments) -> nn.Module:
+    """Add adapters if asked for, let the chosen parts learn, and show them as a table.
+
+    Returns:
+        the model, or peft's wrapper around it.
+    """
+    base = model
+    if config.lora is not None:
+        model = add_lora(model, config.lora)
+    set_trainable(model, config.trainable)
+    if "vision_tower" in config.trainable:
+        for parameter in unused_tower_parameters(
+            base.model.vision_tower, base.model.multi_modal_projector.config.vision_layers
+        ):
+            parameter.requires_grad_(False)
+    if arguments.activation_checkpointing and "language_model" not in config.trainable:
+        # A checkpointed block whose inputs want no gradient would give none to what learns inside it.
+        model.enable_input_require_grads()
+    logger.info("what is trained:\n%s", trainable_table(model))
+    return model
+
+
+# The loop
+
+
+def make_trainer(
+    model: nn.Module,
+    processor: LlavaSaepProcessor,
+    dataset: ConversationDataset,
+    config: RunConfig,
+    arguments: TrainingArguments,
+) -> LlavaTrainer:
+    """Join model, data and arguments."""
+    collator = ConversationCollator(
+        pad_token_id=processor.tokenizer.pad_token_id,
+        image_size=dataset.image_size,
+        max_length=config.data.max_length,
+    )
+    return LlavaTrainer(
+        config=config.training,
+        model=model,
+        args=arguments,
+        data_collator=collator,
+        train_dataset=dataset,
+        processing_class=processor,
+    )
+
+
+def run_loop(trainer: LlavaTrainer, checkpoint: Path | None) -> None:
+    """Train to the end, from a checkpoint if there is one.
+
+    Raises:
+        RankError: this rank met a record that cannot be used.
+        UserError: the checkpoint belongs to another run.
+    """
+    if checkpoint is not None:
+        facts = checkpointing.read_facts(checkpoint)
+        checkpointing.check_same_run(checkpoint, facts, trainer.checkpoint_facts())
+    elif trainer.args.should_save:
+        checkpointing.set_aside(Path(trainer.args.output_dir))
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except (UserError, ProjectorError) as error:
+        raise RankError(f"rank {distributed.rank()}: {error}") from error
+    skipped = trainer.train_dataset.skipped
+    if skipped:
+        logger.warning("skipped records, by reason: %s", dict(skipped))
+
+
+def save_result(trainer: LlavaTrainer) -> None:
+    """Write the trained model, its processor and the log of losses (trainer_state.json) into output_dir."""
+    output_dir = Path(trainer.args.output_dir)
+    staging = output_dir / STAGING_NAME
+    if trainer.args.should_save:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    distributed.barrier()
+    trainer.save_model(str(staging))
+    distributed.barrier()
+    if trainer.args.should_save:
+        trainer.state.save_to_json(str(staging / "trainer_state.json"))
+        checkpointing.publish(staging, output_dir)
+        logger.info("the trained model is in %s", output_dir)
+    distributed.barrier()

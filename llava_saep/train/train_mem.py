@@ -1,0 +1,48 @@
+"""The script that `deepspeed` and `torchrun` start on each rank; LLaVA's scripts know it by this name.
+
+deepspeed llava_saep/train/train_mem.py --deepspeed deepspeed_configs/zero2.json --mm_projector_type saep ...
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):
+    # Run as a file: look for packages beside llava_saep, and not among this folder's modules (config, trainer, ...).
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from llava_saep.errors import UserError
+from llava_saep.train import distributed
+from projectors import ProjectorError
+
+MISTAKE_EXIT_CODE = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as the command line says.
+
+    Args:
+        argv: the arguments without the program; None: those of this process.
+    Returns:
+        the exit code: 0, or 2 after a mistake that the user can correct. Its message is printed once, by rank 0, or
+        by the rank that met it alone. Any other failure raises, so that the launcher sees this rank fail.
+    """
+    distributed.configure_logging()
+    from llava_saep.arguments import parse_arguments
+    from llava_saep.train.run import RankError, train
+
+    try:
+        train(parse_arguments(argv))
+    except (UserError, ProjectorError) as error:
+        if distributed.is_rank_zero() or isinstance(error, RankError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return MISTAKE_EXIT_CODE
+    finally:
+        distributed.leave_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""The smallest subclass of transformers' Trainer that trains this project's models.
+
+It changes four things: the order of samples, the optimizer's groups, what is written, and when a checkpoint counts as
+complete. The loop, the loss over the tokens of a whole optimizer step, logging and schedules are the library's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer import SCHEDULER_NAME
+
+from llava_saep.data.sampler import LengthGroupedSampler
+from llava_saep.errors import UserError
+from llava_saep.model.loading import load_projector_weights, read_weights_file
+from llava_saep.train import checkpointing, saving
+from llava_saep.train.config import TrainingConfig
+from llava_saep.train.distributed import barrier
+from llava_saep.train.optimizer import parameter_groups
+
+logger = logging.getLogger(__name__)
+
+
+class LlavaTrainer(Trainer):
+    """transformers' Trainer for a `TrainingConfig`.
+
+    Args:
+        config: what learns and how; its save_total_limit is applied here, after a checkpoint is known to be complete.
+        kwargs: as for Trainer. `args.save_total_limit` must be None.
+    """
+
+    def __init__(self, *, config: TrainingConfig, **kwargs) -> None:
+        assert kwargs["args"].save_total_limit is None
+        super().__init__(**kwargs)
+        self.config = config
+        self.output_kind = saving.output_kind(config.trainable)
+
+    @property
+    def base_model(self) -> PreTrainedModel:
+        """The multimodal model itself, without LoRA's wrapper."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    # Order of samples and optimizer
+
+    def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
+        by_length = self.args.train_sampling_strategy == "group_by_length"
+        if not (self.config.group_by_modality_length or by_length):
+            return super()._get_train_sampler(train_dataset)
+        # transformers would measure lengths by opening every image, and by the processor's first input name.
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return LengthGroupedSampler(
+            dataset.modality_lengths,
+            batch_size=self.args.train_batch_size,
+            world_size=self.args.world_size * self.args.gradient_accumulation_steps,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            group_by_modality=self.config.group_by_modality_length,
+        )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the optimizer that `--optim` names, over this project's parameter groups."""
+        if self.optimizer is None and self.config.projector_learning_rate is not None:
+            model = self.model if model is None else model
+            groups = parameter_groups(
+                model,
+                decayed_names=set(self.get_decay_parameter_names(model)),
+                weight_decay=self.args.weight_decay,
+                projector_learning_rate=self.config.projector_learning_rate,
+            )
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+            if {"params", "model", "optimizer_dict"} & kwargs.keys():
+                raise UserError(f"--optim {self.args.optim.value} makes its own groups and takes no --mm_projector_lr")
+            self.optimizer = optimizer_class(groups, **kwargs)
+        return super().create_optimizer(model)
+
+    # What is written
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the trained parts, config and processor; every rank must call it (ZeRO-3 gathers from all)."""
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        # The Trainer turned the cache off for training; a saved model is for generation.
+        self.base_model.config.use_cache = True
+        try:
+            if self.output_kind == "full":
+                super().save_model(str(folder), _internal_call=True)
+                return
+            weights = saving.gather_changed_parameters(self.model, self.output_kind, keep=self.args.should_save)
+            if self.args.should_save:
+                write = saving.write_projector if self.output_kind == "projector" else saving.write_lora
+                write(folder, weights, self.model)
+                self.processing_class.save_pretrained(folder)
+        finally:
+            self.base_model.config.use_cache = self.args.use_cache
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # What is frozen comes from where the run got it; the manifest holds resuming runs to the same parameters.
+        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    # Checkpoints
+
+    def checkpoint_facts(self) -> checkpointing.CheckpointFacts:
+        """What this run and a checkpoint of it have in common."""
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        return checkpointing.CheckpointFacts(
+            global_step=self.state.global_step,
+            world_size=self.args.world_size,
+            zero_stage=None if plugin is None else plugin.zero_stage,
+            trainable={
+                name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+                for name, parameter in self.model.named_parameters()
+                if parameter.requires_grad
+            },
+        )
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save and folder.exists():
+            shutil.rmtree(folder)  # torn: a complete one would have been resumed from
+        barrier()
+        super()._save_checkpoint(model, trial)
+        barrier()  # every rank's shard and random state are on disk
+        if self.args.should_save:
+            checkpointing.write_manifest(folder, self.checkpoint_facts())
+            checkpointing.remove_old_checkpoints(Path(self.args.output_dir), keep=self.config.save_total_limit)
+        barrier()
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        if resume_from_checkpoint is None or not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        # The library loads strictly, which needs the frozen weights that our checkpoints leave out.
+        model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
+        loaded, _ = model.load_checkpoint(str(resume_from_checkpoint), load_module_strict=False)
+        if loaded is None:
+            raise UserError(f"{resume_from_checkpoint}: DeepSpeed finds no state in it; choose another checkpoint")
+        self._load_optimizer_and_scheduler(str(resume_from_checkpoint))
+        return model, train_dataloader
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load weights without DeepSpeed."""
+        if self.output_kind != "projector":
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.output_kind != "full":
+            load_projector_weights(self.base_model, resume_from_checkpoint)
+            beside = Path(resume_from_checkpoint) / saving.NON_LORA_WEIGHTS_NAME
+            if beside.is_file():
+                self.base_model.load_state_dict(read_weights_file(beside), strict=False)
