@@ -6,6 +6,7 @@ or the original implementation's. Nothing is loaded unless every parameter has e
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -61,9 +62,8 @@ def gathered_parameters(module: nn.Module) -> Iterator[None]:
     if not partitioned:
         yield
         return
-    import deepspeed  # already imported by whoever partitioned the parameters
-
-    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0):
+    # Whoever partitioned the parameters has imported deepspeed; this package does not depend on it.
+    with sys.modules["deepspeed"].zero.GatheredParameters(partitioned, modifier_rank=0):
         yield
 
 
