@@ -1,0 +1,78 @@
+"""Tokenizers, image processor and a data set in the form that LLaVA's reference outputs were made with."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from transformers import CLIPImageProcessorPil, LlamaTokenizer
+
+from llava_saep.data.dataset import ConversationDataset
+from llava_saep.data.templates import conversation_template
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "llava"
+
+IMAGE_TOKEN_ID = 5_000
+"""Outside every vocabulary used here."""
+
+
+def read_golden(name):
+    return json.loads((GOLDEN / name).read_text(encoding="utf-8"))
+
+
+def _llama_tokenizer(**options):
+    return LlamaTokenizer.from_pretrained(GOLDEN / "tokenizer", **options)
+
+
+@pytest.fixture(scope="session")
+def tokenizers():
+    """The three tokenizers of the reference outputs, plus the one with LLaVA's <im_start> and <im_end> added."""
+    with_im_start_end = _llama_tokenizer(legacy=False, add_bos_token=True)
+    with_im_start_end.add_tokens(["<im_start>", "<im_end>"], special_tokens=True)
+    return {
+        "llama_legacy": _llama_tokenizer(legacy=True, add_bos_token=True),
+        "llama_new": _llama_tokenizer(legacy=False, add_bos_token=True),
+        "yi_new": _llama_tokenizer(
+            legacy=False, add_bos_token=False, additional_special_tokens=["<|im_start|>", "<|im_end|>"]
+        ),
+        "im_start_end": with_im_start_end,
+    }
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizers):
+    return tokenizers["llama_new"]
+
+
+@pytest.fixture(scope="session")
+def image_processor():
+    """CLIP's, for images of 56 x 56 pixels: 4 x 4 patches of 14."""
+    return clip_processor(56)
+
+
+def clip_processor(side):
+    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+
+
+@pytest.fixture
+def make_dataset(tmp_path, tokenizer, image_processor):
+    """Write records and make a data set of them; images "red.png" and "blue.png" exist. 16 tokens per image."""
+    for name in ("red", "blue"):
+        Image.new("RGB", (60, 40), name).save(tmp_path / f"{name}.png")
+
+    def make(records, template="v1", **options):
+        data_path = tmp_path / "data.json"
+        data_path.write_text(json.dumps(records))
+        settings = {
+            "tokenizer": tokenizer,
+            "image_processor": image_processor,
+            "image_aspect_ratio": "pad",
+            "template": conversation_template(template),
+            "num_image_tokens": lambda grid: grid.height * grid.width,
+            "patch_size": 14,
+            "image_token_id": IMAGE_TOKEN_ID,
+            "max_length": 512,
+        }
+        return ConversationDataset(data_path, tmp_path, **(settings | options))
+
+    return make

@@ -1,0 +1,234 @@
+"""The data set: what a sample holds, what cannot be one, and lengths that need no image."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from llava_saep.constants import IGNORE_INDEX
+from llava_saep.data import dataset as dataset_module
+from llava_saep.data.collator import ConversationCollator
+from llava_saep.data.dataset import ConversationDataset, check_data
+from llava_saep.data.images import load_image, preprocess_image
+from llava_saep.data.records import BadSampleError
+from llava_saep.data.templates import conversation_template
+from llava_saep.errors import UserError
+
+from .conftest import IMAGE_TOKEN_ID
+
+SAMPLE_DATA = Path(__file__).parents[3] / "playground" / "data" / "sample"
+
+
+def _record(image=None, question="What?", answer="A cat.", **fields):
+    if image is not None:
+        num_images = len(image) if isinstance(image, list) else 1
+        fields["image"] = image
+        question = "<image>\n" * num_images + question
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": answer, "conversations": turns} | fields
+
+
+def test_sample_holds_placeholders_labels_and_pixels(make_dataset, tmp_path, tokenizer, image_processor):
+    sample = make_dataset([_record("red.png")])[0]
+    assert (sample["input_ids"] == IMAGE_TOKEN_ID).sum() == 16  # 4 x 4 patches
+    targets = sample["labels"][sample["labels"] != IGNORE_INDEX]
+    assert tokenizer.decode(targets) == "A cat.</s>"
+    expected = preprocess_image(load_image(tmp_path / "red.png"), image_processor, "pad")
+    torch.testing.assert_close(sample["pixel_values"], expected[None], rtol=0, atol=0)
+
+
+def test_images_follow_the_order_of_markers(make_dataset):
+    sample = make_dataset([_record(["red.png", "blue.png"])])[0]
+    assert (sample["input_ids"] == IMAGE_TOKEN_ID).sum() == 32
+    red, blue = sample["pixel_values"][:, :, 28, 28]
+    assert red.argmax() == 0
+    assert blue.argmax() == 2
+
+
+def test_text_only_sample_has_no_pixels(make_dataset):
+    assert make_dataset([_record()])[0].keys() == {"input_ids", "labels"}
+
+
+def test_token_count_comes_from_the_projector_and_the_processed_size(make_dataset):
+    grids = []
+    make_dataset([_record("red.png")], num_image_tokens=lambda grid: grids.append(grid) or 5, patch_size=8)
+    assert grids == [(7, 7)]
+
+
+@pytest.mark.parametrize(
+    ("template", "max_length"), [("v1", 100), ("plain", 40), ("llama_2", 300), ("chatml_direct", 120)]
+)
+def test_lengths_are_those_of_the_samples(make_dataset, template, max_length):
+    records = [_record("red.png", "Why so? " * number, "A cat. " * (number + 1)) for number in range(12)]
+    dataset = make_dataset(records, template, max_length=max_length, on_bad_sample="skip")
+    assert min(dataset.lengths) < max(dataset.lengths) == max_length
+    assert dataset.lengths == [len(dataset[index]["input_ids"]) for index in range(len(dataset))]
+
+
+def test_lengths_open_no_image(make_dataset, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    dataset = make_dataset([_record("broken.png"), _record(), _record("broken.png")])
+    assert [length > 0 for length in dataset.modality_lengths] == [True, False, True]
+    assert [abs(length) for length in dataset.modality_lengths] == dataset.lengths
+
+
+def test_long_text_is_cut_on_the_right(make_dataset):
+    whole = make_dataset([_record("red.png", answer="A cat. " * 50)])[0]
+    cut = make_dataset([_record("red.png", answer="A cat. " * 50)], max_length=90)[0]
+    for name in ("input_ids", "labels"):
+        assert cut[name].tolist() == whole[name][:90].tolist()
+
+
+def test_image_behind_the_cut_is_dropped(make_dataset):
+    turns = [
+        {"from": "human", "value": "<image>\nWhat?"},
+        {"from": "gpt", "value": "A cat. " * 20},
+        {"from": "human", "value": "<image>\nAnd this?"},
+        {"from": "gpt", "value": "A dog."},
+    ]
+    sample = make_dataset([{"image": ["red.png", "blue.png"], "conversations": turns}], max_length=80)[0]
+    assert (sample["input_ids"] == IMAGE_TOKEN_ID).sum() == 16
+    assert len(sample["pixel_values"]) == 1
+
+
+BAD_RECORDS = {
+    "missing image": (_record("gone.png"), {}, "its image .*gone.png does not exist"),
+    "image cut by max_length": (_record("red.png"), {"max_length": 49}, "cut at 49 inside an image .*34 to 50"),
+    "no supervised token": (
+        _record(question="Why? " * 100),
+        {"max_length": 100},
+        "no token to learn among its first 100 of 440; raise --model_max_length",
+    ),
+    "not a caption": (_record(), {"template": "plain"}, "'plain' needs one turn with <image> .* 2 turns and 0 images"),
+    "empty answer": (_record("red.png", answer=""), {}, "its answer 1 is empty"),
+}
+
+
+@pytest.mark.parametrize("cause", BAD_RECORDS)
+def test_bad_record_is_found_before_training(make_dataset, cause, caplog):
+    record, options, message = BAD_RECORDS[cause]
+    good = _record("red.png") if options.get("template") == "plain" else _record()
+    records = [good | {"id": "good"}, record | {"id": "bad"}]
+    with pytest.raises(BadSampleError, match=rf"sample 1 \(id 'bad'\): .*{message}.* --on_bad_sample skip") as info:
+        make_dataset(records, **options)
+    assert info.value.cause == cause
+    with caplog.at_level(logging.WARNING):
+        dataset = make_dataset([*records, good], on_bad_sample="skip", **options)
+    assert len(dataset) == 2
+    assert dataset.skipped == {cause: 1}
+    assert f"1 samples left out (1 x {cause})" in caplog.text
+
+
+def test_error_counts_the_other_bad_records(make_dataset):
+    records = [_record(), _record("gone.png"), _record(answer=""), _record("gone.png")]
+    with pytest.raises(
+        BadSampleError, match=r"sample 1 .* In all 3 samples cannot be used: 2 x missing image, 1 x empty"
+    ):
+        make_dataset(records)
+
+
+def test_no_usable_record_is_an_error_even_when_skipping(make_dataset):
+    with pytest.raises(UserError, match="no sample can be used; 2 x missing image"):
+        make_dataset([_record("gone.png"), _record("gone.png")], on_bad_sample="skip")
+
+
+def _with_damaged_images(make_dataset, tmp_path, **options):
+    """Samples 1 and 2 have damaged images; 0 and 3 can be used."""
+    (tmp_path / "broken.png").write_bytes((tmp_path / "red.png").read_bytes()[:50])
+    names = ["red.png", "broken.png", "broken.png", "blue.png"]
+    return make_dataset([_record(name, answer=f"Answer {index}.") for index, name in enumerate(names)], **options)
+
+
+def test_damaged_image_is_an_error_that_names_sample_and_file(make_dataset, tmp_path):
+    dataset = _with_damaged_images(make_dataset, tmp_path)
+    with pytest.raises(BadSampleError, match=r"sample 1 \(id 'Answer 1.'\): .*broken.png: cannot be read as an image"):
+        dataset[1]
+
+
+def test_damaged_image_is_replaced_by_the_next_usable_sample(make_dataset, tmp_path, caplog):
+    dataset = _with_damaged_images(make_dataset, tmp_path, on_bad_sample="skip")
+    with caplog.at_level(logging.WARNING):
+        samples = [dataset[index] for index in (1, 2, 3)]
+    for sample in samples:
+        assert sample["input_ids"].tolist() == samples[2]["input_ids"].tolist()
+    assert dataset.skipped == {"unreadable image": 3}  # 1 met both, 2 met itself
+    assert len(caplog.records) == 1
+    assert "sample 1 (id 'Answer 1.')" in caplog.text
+
+
+def test_last_sample_is_replaced_by_the_first(make_dataset, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"")
+    dataset = make_dataset([_record("red.png"), _record("broken.png")], on_bad_sample="skip")
+    assert dataset[1]["input_ids"].tolist() == dataset[0]["input_ids"].tolist()
+
+
+def test_worker_processes_report_skips_and_errors(make_dataset, tmp_path):
+    collator = ConversationCollator(0, (56, 56), 512)
+    skipping = _with_damaged_images(make_dataset, tmp_path, on_bad_sample="skip")
+    batches = list(DataLoader(skipping, batch_size=2, num_workers=1, collate_fn=collator))
+    assert [len(batch["pixel_values"]) for batch in batches] == [2, 2]
+    assert skipping.skipped == {"unreadable image": 3}
+    strict = _with_damaged_images(make_dataset, tmp_path)
+    with pytest.raises(BadSampleError) as info:
+        list(DataLoader(strict, batch_size=4, num_workers=1, collate_fn=collator))
+    assert str(info.value).startswith(f"{tmp_path / 'data.json'}: sample 1 (id 'Answer 1.')")
+    assert "Traceback" not in str(info.value)
+
+
+def test_index_outside_the_data_set_ends_iteration(make_dataset):
+    dataset = make_dataset([_record(), _record("red.png")])
+    assert len(list(dataset)) == 2
+    with pytest.raises(IndexError, match="index 2 of a data set with 2 samples"):
+        dataset[2]
+    assert "pixel_values" in dataset[-1]
+
+
+def test_large_folders_are_listed_once(make_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset_module, "FILES_WORTH_LISTING", 2)
+    (tmp_path / "sub").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "sub" / "a.png")
+    names = ["red.png", "blue.png", "gone.png", "sub/a.png", "sub/gone.png"]
+    dataset = make_dataset([_record(name) for name in names], on_bad_sample="skip")
+    assert len(dataset) == 3
+    assert dataset.skipped == {"missing image": 2}
+
+
+def test_unknown_options_are_named(make_dataset):
+    with pytest.raises(UserError, match="unknown on_bad_sample 'ignore'; known: error, skip"):
+        make_dataset([_record()], on_bad_sample="ignore")
+    with pytest.raises(UserError, match="unknown image_aspect_ratio"):
+        make_dataset([_record()], image_aspect_ratio="anyres")
+    with pytest.raises(UserError, match="max_length is 0"):
+        make_dataset([_record()], max_length=0)
+
+
+def test_check_data_counts_every_cause(make_dataset, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    records = [_record("red.png"), _record("broken.png"), _record("gone.png"), _record("broken.png")]
+    report = check_data(make_dataset(records, on_bad_sample="skip"))
+    assert report.num_usable == 1
+    assert report.counts == {"unreadable image": 2, "missing image": 1}
+    assert "1 samples can be used, 3 cannot" in str(report)
+    assert "broken.png: cannot be read" in str(report)
+
+
+def test_the_sample_in_the_playground_can_be_used(tokenizer, image_processor):
+    dataset = ConversationDataset(
+        SAMPLE_DATA / "conversations.json",
+        SAMPLE_DATA / "images",
+        tokenizer=tokenizer,
+        image_processor=image_processor,
+        image_aspect_ratio="pad",
+        template=conversation_template("v1"),
+        num_image_tokens=lambda grid: 16,
+        patch_size=14,
+        image_token_id=IMAGE_TOKEN_ID,
+        max_length=512,
+    )
+    assert len(dataset) == len(json.loads((SAMPLE_DATA / "conversations.json").read_text()))
+    assert check_data(dataset).counts.total() == 0
+    assert [length > 0 for length in dataset.modality_lengths] == [True, True, True, True, False]

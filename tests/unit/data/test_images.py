@@ -1,0 +1,149 @@
+"""Pixel values equal LLaVA's bit by bit; files that cannot be used end in one message that names them."""
+
+import hashlib
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import SiglipImageProcessorPil
+
+from llava_saep.data import images
+from llava_saep.data.images import expand_to_square, load_image, mean_color, preprocess_image, processed_image_size
+from llava_saep.errors import UserError
+
+from .conftest import GOLDEN, clip_processor, read_golden
+
+CASES = [
+    pytest.param(case, id=f"{case['file']}-{case['size']}-{case['image_aspect_ratio']}")
+    for case in read_golden("image_processing.json")["cases"]
+    # LLaVA takes 3 rows of pixels for 3 channels; see test_thin_images_keep_their_content.
+    if not (case["file"] == "threepx_high.png" and case["image_aspect_ratio"] != "pad")
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pixel_values_equal_llavas(case):
+    image = load_image(GOLDEN / "images" / case["file"])
+    pixels = preprocess_image(image, clip_processor(case["size"]), case["image_aspect_ratio"] or "square")
+    assert list(pixels.shape) == case["shape"]
+    assert hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest() == case["sha256"]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (80, 1), (1, 80), (30, 3), (3, 30)])
+@pytest.mark.parametrize("aspect_ratio", ["square", "pad"])
+def test_thin_images_keep_their_content(image_processor, size, aspect_ratio):
+    """A one-coloured image stays so: red in the middle, nothing that came from swapped axes."""
+    pixels = preprocess_image(Image.new("RGB", size, (255, 0, 0)), image_processor, aspect_ratio)
+    assert pixels.shape == (3, 56, 56)
+    mean, std = np.array(image_processor.image_mean), np.array(image_processor.image_std)
+    center = pixels[:, 28, 28].numpy() * std + mean
+    if aspect_ratio == "square" or size == (1, 1):  # resampling blends a padded line with its margin
+        np.testing.assert_allclose(center, [1, 0, 0], atol=1e-6)
+    assert center.argmax() == 0
+
+
+def test_padding_has_the_mean_colour_and_the_larger_margin_below(image_processor):
+    square = np.asarray(expand_to_square(Image.new("RGB", (4, 1), "white"), mean_color(image_processor)))
+    assert mean_color(image_processor) == (122, 116, 104)
+    assert square[:, 0].tolist() == [[122, 116, 104], [255, 255, 255], [122, 116, 104], [122, 116, 104]]
+
+
+def test_exif_orientation_is_applied_only_on_request():
+    path = GOLDEN / "images" / "exif_rot6.jpg"
+    assert load_image(path).size == (90, 60)
+    assert load_image(path, apply_exif_orientation=True).size == (60, 90)
+
+
+def test_modes_are_converted_before_padding(image_processor):
+    """A palette image padded as such would change its colours."""
+    image = Image.new("RGB", (40, 20), (10, 200, 30)).quantize(4)
+    assert image.mode == "P"
+    padded = preprocess_image(image, image_processor, "pad")
+    torch.testing.assert_close(padded, preprocess_image(image.convert("RGB"), image_processor, "pad"), rtol=0, atol=0)
+
+
+def test_deep_images_are_clipped_with_one_warning(caplog):
+    images._warn_about_clipping.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        load_image(GOLDEN / "images" / "i16.png")
+        load_image(GOLDEN / "images" / "i16.png")
+    assert len(caplog.records) == 1
+    assert "values above 255 are clipped" in caplog.text
+
+
+def test_size_is_known_without_an_image():
+    assert processed_image_size(clip_processor(336)) == (336, 336)
+    assert processed_image_size(SiglipImageProcessorPil(size={"height": 384, "width": 384})) == (384, 384)
+    no_crop = clip_processor(56)
+    no_crop.do_center_crop = False
+    with pytest.raises(UserError, match="CLIPImageProcessorPil has no fixed output size"):
+        processed_image_size(no_crop)
+
+
+def _png(path, size=(64, 64)):
+    noise = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    return path
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="gone.png: no such image file"):
+        load_image(tmp_path / "gone.png")
+
+
+@pytest.mark.parametrize("num_bytes", [0, 4, 20, 60, 5_000])
+def test_truncated_file_is_named(tmp_path, num_bytes):
+    path = _png(tmp_path / "cut.png")
+    path.write_bytes(path.read_bytes()[:num_bytes])
+    with pytest.raises(UserError, match="cut.png: cannot be read as an image"):
+        load_image(path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("file_format", ["png", "jpeg", "gif", "webp", "bmp", "tiff"])
+def test_damaged_files_end_in_a_user_error_or_an_image(tmp_path, file_format):
+    """Whatever Pillow's decoders raise on random damage is a UserError, never something else."""
+    rng = np.random.default_rng(1)
+    original = tmp_path / f"whole.{file_format}"
+    Image.open(_png(tmp_path / "source.png", (24, 24))).save(original, format=file_format)
+    for _ in range(60):
+        content = np.frombuffer(original.read_bytes(), np.uint8).copy()
+        content[rng.integers(0, len(content), 8)] = rng.integers(0, 256, 8)
+        damaged = tmp_path / f"damaged.{file_format}"
+        damaged.write_bytes(content.tobytes()[: rng.integers(1, len(content))])
+        try:
+            assert load_image(damaged).mode == "RGB"
+        except UserError as error:
+            assert "damaged." in str(error)
+
+
+def test_other_files_and_folders_are_named(tmp_path):
+    (tmp_path / "page.jpg").write_text("<html>404</html>")
+    with pytest.raises(UserError, match="page.jpg: cannot be read as an image"):
+        load_image(tmp_path / "page.jpg")
+    with pytest.raises(UserError, match="cannot be read as an image"):
+        load_image(tmp_path)
+
+
+def test_huge_image_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "MAX_IMAGE_PIXELS", 1_000)
+    with pytest.raises(UserError, match="big.png: 64 x 64 pixels; more than 1000 are refused"):
+        load_image(_png(tmp_path / "big.png"))
+
+
+def test_decompression_bomb_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UserError, match="bomb.png: refused as a possible decompression bomb"):
+        load_image(_png(tmp_path / "bomb.png"))
+
+
+def test_strip_is_refused(image_processor):
+    with pytest.raises(UserError, match="4000 x 1 pixels is too thin"):
+        preprocess_image(Image.new("RGB", (4000, 1)), image_processor, "square")
+
+
+def test_unknown_aspect_ratio_lists_the_known_ones(image_processor):
+    with pytest.raises(UserError, match="unknown image_aspect_ratio 'anyres'; known: square, pad"):
+        preprocess_image(Image.new("RGB", (4, 4)), image_processor, "anyres")

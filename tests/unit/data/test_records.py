@@ -1,0 +1,119 @@
+"""Conversation files are read as LLaVA has them; what is wrong is named by file, index and id."""
+
+import json
+import pickle
+
+import pytest
+
+from llava_saep.data.conversation import Turn
+from llava_saep.data.records import BadSampleError, read_records
+from llava_saep.errors import UserError
+
+QUESTION = {"from": "human", "value": "What?"}
+IMAGE_QUESTION = {"from": "human", "value": "What?\n<image>"}
+ANSWER = {"from": "gpt", "value": "A cat."}
+
+
+def _write(path, content):
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_a_record_becomes_turns_and_images(tmp_path):
+    record = {"id": 7, "image": "a/cat.png", "conversations": [IMAGE_QUESTION, ANSWER]}
+    (read,) = read_records(_write(tmp_path / "data.json", [record]))
+    assert read.turns == (Turn("user", "<image>\nWhat?"), Turn("assistant", "A cat."))
+    assert read.images == ("a/cat.png",)
+    assert (read.source.index, read.source.id) == (0, 7)
+
+
+def test_json_lines_are_read(tmp_path):
+    lines = [json.dumps({"id": number, "conversations": [QUESTION, ANSWER]}) for number in range(3)]
+    records = read_records(_write(tmp_path / "data.jsonl", "\n\n".join(lines) + "\n"))
+    assert [record.source.id for record in records] == [0, 1, 2]
+
+
+def test_several_images_keep_their_order(tmp_path):
+    question = {"from": "human", "value": "<image>\n<image>\nCompare."}
+    record = {"image": ["b.png", "a.png"], "conversations": [question, ANSWER]}
+    (read,) = read_records(_write(tmp_path / "data.json", [record]))
+    assert read.images == ("b.png", "a.png")
+    assert read.turns[0].text == "<image>\n<image>\nCompare."
+
+
+def test_an_answer_before_the_first_question_is_left_out(tmp_path):
+    record = {"conversations": [ANSWER, QUESTION, ANSWER]}
+    (read,) = read_records(_write(tmp_path / "data.json", [record]))
+    assert [turn.role for turn in read.turns] == ["user", "assistant"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"id": 1},\n {"id" 2}]', r"data.json: is not JSON: Expecting ':' delimiter at line 2 column 8"),
+        ('{"id": 1}\n{"id": 2}', r"is not JSON: Extra data at line 2 column 1 \(one object per line\?"),
+        ("", "is not JSON: Expecting value at line 1 column 1"),
+        ('{"id": 1}', "holds a JSON dict, expected a list of LLaVA records"),
+        ("[]", "holds no records"),
+    ],
+)
+def test_unusable_file_is_described(tmp_path, content, message):
+    with pytest.raises(UserError, match=message):
+        read_records(_write(tmp_path / "data.json", content))
+
+
+def test_broken_line_is_named(tmp_path):
+    with pytest.raises(UserError, match="data.jsonl: is not JSON: .* at line 2 column 2"):
+        read_records(_write(tmp_path / "data.jsonl", '{"id": 1}\n{oops}\n'))
+
+
+def test_missing_and_binary_files_are_named(tmp_path):
+    with pytest.raises(UserError, match="none.json: no such data file"):
+        read_records(tmp_path / "none.json")
+    (tmp_path / "image.json").write_bytes(b"\x89PNG\xff\xfe")
+    with pytest.raises(UserError, match="image.json: is not UTF-8 text"):
+        read_records(tmp_path / "image.json")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_records(tmp_path)
+
+
+BAD_RECORDS = {
+    "is a str, expected an object": "text",
+    "'conversations' is missing, expected a list": {"id": "x"},
+    r"'conversations' is \[\], expected a list": {"id": "x", "conversations": []},
+    r"turn 0 is \{'from': 'human'\}, expected \{'from'": {"id": "x", "conversations": [{"from": "human"}]},
+    "turn 0 is from 'system', expected one of 'human', 'gpt'": {
+        "id": "x",
+        "conversations": [{"from": "system", "value": "Be brief."}],
+    },
+    r"'image' is \{'path': 'a.png'\}, expected a file name": {"id": "x", "image": {"path": "a.png"}},
+    "two turns in a row are from the same side": {"id": "x", "conversations": [QUESTION, QUESTION, ANSWER]},
+    "its answer 1 is empty": {"id": "x", "conversations": [QUESTION, {"from": "gpt", "value": "  "}]},
+    "has no question with an answer": {"id": "x", "conversations": [QUESTION]},
+    "hold 1 <image> markers, but 'image' names 0 images": {"id": "x", "conversations": [IMAGE_QUESTION, ANSWER]},
+    "hold 0 <image> markers, but 'image' names 1 images": {
+        "id": "x",
+        "image": "a.png",
+        "conversations": [QUESTION, ANSWER],
+    },
+}
+
+
+@pytest.mark.parametrize("message", BAD_RECORDS)
+def test_bad_record_is_named_by_file_index_and_id(tmp_path, message):
+    good = {"id": "good", "conversations": [QUESTION, ANSWER]}
+    bad = BAD_RECORDS[message]
+    identity = "id 'x'" if isinstance(bad, dict) else "without id"
+    path = _write(tmp_path / "data.json", [good, bad])
+    with pytest.raises(BadSampleError, match=rf"data.json: sample 1 \({identity}\): .*{message}"):
+        read_records(path)
+    errors = []
+    assert [record.source.id for record in read_records(path, on_bad_record=errors.append)] == ["good"]
+    assert len(errors) == 1
+
+
+def test_error_survives_pickling(tmp_path):
+    with pytest.raises(BadSampleError) as info:
+        read_records(_write(tmp_path / "data.json", ["text"]))
+    copy = pickle.loads(pickle.dumps(info.value))
+    assert (str(copy), copy.cause, copy.source) == (str(info.value), info.value.cause, info.value.source)
