@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,21 @@ def configure_logging(level: int = logging.INFO) -> None:
         own.propagate = False
 
 
+def quieten_libraries() -> None:
+    """Leave out what libraries repeat on every rank or step to no use; call it before they are loaded."""
+    for name in ("reduce_scatter_tensor", "all_gather_into_tensor"):  # DeepSpeed's calls, renamed in torch 2.13
+        warnings.filterwarnings("ignore", message=rf".*{name}. is deprecated", category=FutureWarning)
+    # peft asks by the old name
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated", category=FutureWarning)
+    if not has_accelerator():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it finds nothing better
+    if not is_rank_zero():
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
+
+
 def barrier() -> None:
     """Wait for every rank."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -118,6 +134,7 @@ def fit_to_device(
             notes.append(f"--report_to {name} is ignored: the package is not installed")
         reporters = [name for name in reporters if name not in missing]
     fitted["report_to"] = reporters or "none"
+    fitted.setdefault("log_level_replica", "error")
     return fitted, notes
 
 

@@ -84,6 +84,9 @@ def check_paths(config: RunConfig) -> None:
         raise UserError(f"--image_folder {config.data.image_folder}: no such folder")
     if config.model.projector_weights is not None:
         find_projector_weights(config.model.projector_weights)
+    deepspeed = config.training.trainer_arguments.get("deepspeed")
+    if isinstance(deepspeed, str) and not deepspeed.lstrip().startswith("{"):
+        find_deepspeed_config(deepspeed)
     output_dir = Path(config.training.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir}: is a file; expected a folder, or a new name")

@@ -5,13 +5,15 @@ deepspeed llava_saep/train/train_mem.py --deepspeed deepspeed_configs/zero2.json
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 if __package__ in (None, ""):
-    # Run as a file: look for packages beside llava_saep, and not among this folder's modules (config, trainer, ...).
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    # Run as a file: look for packages beside llava_saep and where the user stands (a projector of their own), and not
+    # among this folder's modules (config, trainer, ...).
+    sys.path[:1] = [str(Path(__file__).resolve().parents[2]), os.getcwd()]
 
 from llava_saep.errors import UserError
 from llava_saep.train import distributed
@@ -30,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         by the rank that met it alone. Any other failure raises, so that the launcher sees this rank fail.
     """
     distributed.configure_logging()
+    distributed.quieten_libraries()
     from llava_saep.arguments import parse_arguments
     from llava_saep.train.run import RankError, train
 

@@ -41,6 +41,7 @@ class LlavaTrainer(Trainer):
         super().__init__(**kwargs)
         self.config = config
         self.output_kind = saving.output_kind(config.trainable)
+        self._set_use_cache(self.args.use_cache)  # the library sets it on the outer config alone
 
     @property
     def base_model(self) -> PreTrainedModel:
@@ -84,8 +85,7 @@ class LlavaTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the trained parts, config and processor; every rank must call it (ZeRO-3 gathers from all)."""
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
-        # The Trainer turned the cache off for training; a saved model is for generation.
-        self.base_model.config.use_cache = True
+        self._set_use_cache(True)  # a saved model is for generation
         try:
             if self.output_kind == "full":
                 super().save_model(str(folder), _internal_call=True)
@@ -96,7 +96,13 @@ class LlavaTrainer(Trainer):
                 write(folder, weights, self.model)
                 self.processing_class.save_pretrained(folder)
         finally:
-            self.base_model.config.use_cache = self.args.use_cache
+            self._set_use_cache(self.args.use_cache)
+
+    def _set_use_cache(self, use_cache: bool) -> None:
+        """Choose whether the language model keeps keys and values, which training has no use for."""
+        config = self.base_model.config
+        config.use_cache = use_cache
+        config.get_text_config().use_cache = use_cache
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_deepspeed_enabled:
