@@ -113,15 +113,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sizes(arguments: argparse.Namespace) -> Sizes:
+    from llava_saep.model.loading import read_config, read_vision_config
+
     vision_hidden_size, num_vision_layers, grid, text_hidden_size = 1024, 24, PatchGrid(24, 24), 4096
     if arguments.vision_tower:
-        config = _load_config(arguments.vision_tower, "--vision_tower")
-        config = getattr(config, "vision_config", config)
+        config = read_vision_config(arguments.vision_tower)
         vision_hidden_size, num_vision_layers = config.hidden_size, config.num_hidden_layers
         side = config.image_size // config.patch_size
         grid = PatchGrid(side, side)
     if arguments.language_model:
-        config = _load_config(arguments.language_model, "--language_model")
+        config = read_config(arguments.language_model, "--language_model")
         text_hidden_size = getattr(config, "text_config", config).hidden_size
     return Sizes(
         vision_hidden_size=arguments.vision_hidden_size or vision_hidden_size,
@@ -129,15 +130,6 @@ def _sizes(arguments: argparse.Namespace) -> Sizes:
         text_hidden_size=arguments.text_hidden_size or text_hidden_size,
         grid=arguments.grid or grid,
     )
-
-
-def _load_config(name: str, flag: str):
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {name}: no model config could be read there ({error})") from error
 
 
 def _print_table(rows: Sequence[ProjectorRow], sizes: Sizes) -> None:

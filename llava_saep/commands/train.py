@@ -30,7 +30,7 @@ SWITCHES_OF_LAUNCHER = ("--no_ssh", "--no_ssh_check", "--force_multi", "--bind_c
 
 
 def main(argv: Sequence[str]) -> int:
-    """Check the flags, start the ranks and return their exit code."""
+    """Check the flags, train with one process or start the ranks, and return the exit code."""
     if not argv or {"-h", "--help"} & set(argv):
         print_help()
         return 0 if argv else 2
@@ -39,7 +39,12 @@ def main(argv: Sequence[str]) -> int:
     num_processes = launch.num_processes
     if num_processes is None and not launch.hostfile:
         num_processes = default_num_processes()
-    command = launcher_command(launcher_flags(launch), training_flags, num_processes)
+    own_flags = launcher_flags(launch)
+    if needs_no_launcher(num_processes, own_flags):
+        from llava_saep.train import train_mem
+
+        return train_mem.main(training_flags)
+    command = launcher_command(own_flags, training_flags, num_processes)
     return run_launcher(command, launcher_environment(num_processes, os.environ))
 
 
@@ -78,10 +83,11 @@ def split_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def check_training_flags(training_flags: Sequence[str]) -> None:
-    """Raise UserError or ProjectorError for what is wrong with the flags, before any process is started."""
+    """Raise UserError or ProjectorError for wrong flags and missing files, before any process is started."""
     from llava_saep.arguments import parse_arguments
+    from llava_saep.train.run import check_paths
 
-    parse_arguments(list(training_flags))
+    check_paths(parse_arguments(list(training_flags)))
 
 
 def default_num_processes() -> int:
@@ -89,6 +95,16 @@ def default_num_processes() -> int:
     import torch
 
     return max(1, torch.cuda.device_count())
+
+
+def needs_no_launcher(num_processes: int | None, launcher_flags: Sequence[str]) -> bool:
+    """Whether one process without launcher does the same, and starts sooner.
+
+    On a machine with several GPUs it does not: transformers would spread a lone process over all of them.
+    """
+    import torch
+
+    return num_processes == 1 and not launcher_flags and torch.cuda.device_count() <= 1
 
 
 def launcher_flags(launch: argparse.Namespace) -> list[str]:

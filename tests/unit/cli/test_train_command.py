@@ -1,0 +1,97 @@
+"""`llava-saep train`: which flags go where, and that nothing starts before they are right."""
+
+import sys
+
+import pytest
+
+from llava_saep.cli import main
+from llava_saep.commands import train
+from llava_saep.errors import UserError
+
+
+@pytest.fixture
+def flags(tmp_path):
+    """The shortest complete command line, with files that exist."""
+    (tmp_path / "data.json").write_text("[]")
+    return [
+        *("--model_name_or_path", str(tmp_path), "--vision_tower", str(tmp_path), "--mm_projector_type", "saep"),
+        *("--data_path", str(tmp_path / "data.json"), "--image_folder", str(tmp_path)),
+        *("--output_dir", str(tmp_path / "out")),
+    ]
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Catches what would have been started."""
+    calls = []
+    monkeypatch.setattr(train, "run_launcher", lambda command, environment: calls.append((command, environment)) or 0)
+    return calls
+
+
+def test_launcher_flags_are_separated_from_training_flags():
+    argv = ["--num_processes", "4", "--hostfile", __file__, "--num_train_epochs", "1", "--no_ssh", "--seed", "3"]
+    launch, rest = train.split_flags(argv)
+    assert launch.num_processes == 4
+    assert train.launcher_flags(launch) == ["--hostfile", __file__, "--no_ssh"]
+    assert rest == ["--num_train_epochs", "1", "--seed", "3"]
+
+
+def test_training_script_is_started_through_the_launcher_of_this_interpreter(flags, started):
+    assert main(["train", "--num_processes", "2", *flags]) == 0
+    ((command, environment),) = started
+    assert command[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
+    assert command[3:5] == ["--num_gpus", "2"]
+    assert command[5:] == [str(train.TRAINING_SCRIPT), *flags]
+    assert train.TRAINING_SCRIPT.is_file()
+    assert int(environment["OMP_NUM_THREADS"]) >= 1
+
+
+def test_hostfile_decides_the_number_of_processes(flags, started, tmp_path):
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("worker-0 slots=8\n")
+    assert main(["train", "--hostfile", str(hostfile), *flags]) == 0
+    command = started[0][0]
+    assert "--num_gpus" not in command
+    assert command[3:5] == ["--hostfile", str(hostfile)]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--mm_projector_type", "sape"], "Did you mean 'saep'"),
+        (["--learning_rtae", "1"], "Did you mean --learning_rate"),
+        (["--data_path", "absent.json"], "absent.json"),
+        (["--num_processes", "0"], "--num_processes must be at least 1"),
+        (["--hostfile", "absent"], "--hostfile absent: no such file"),
+    ],
+)
+def test_wrong_flags_start_nothing(flags, started, extra, message, capsys, tmp_path):
+    assert main(["train", "--num_processes", "2", *flags, *extra]) == 2
+    assert message in capsys.readouterr().err
+    assert started == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_set_thread_count_is_respected():
+    assert train.launcher_environment(2, {"OMP_NUM_THREADS": "3"})["OMP_NUM_THREADS"] == "3"
+
+
+def test_cores_are_shared_out_among_the_processes(monkeypatch):
+    monkeypatch.setattr(train.os, "cpu_count", lambda: 8)
+    assert train.launcher_environment(4, {})["OMP_NUM_THREADS"] == "2"
+    assert train.launcher_environment(16, {})["OMP_NUM_THREADS"] == "1"
+
+
+def test_exit_code_of_the_ranks_comes_back():
+    assert train.run_launcher([sys.executable, "-c", "raise SystemExit(2)"], {}) == 2
+
+
+def test_lone_process_needs_no_launcher_unless_its_flags_are_given():
+    assert train.needs_no_launcher(1, []) == (train.default_num_processes() == 1)
+    assert not train.needs_no_launcher(1, ["--no_ssh"])
+    assert not train.needs_no_launcher(2, [])
+
+
+def test_hostfile_that_is_absent_is_not_silently_ignored_as_the_launcher_would():
+    with pytest.raises(UserError, match="no such file"):
+        train.split_flags(["--hostfile", "/absent"])
