@@ -111,6 +111,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         # Shared memory, so that what worker processes skip is counted too.
         self._skip_counts = torch.zeros(len(CAUSES), dtype=torch.long).share_memory_()
         self._records = self._read_usable_records(use_im_start_end)
+        _warn_about_foreign_end(template, tokenizer)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -177,6 +178,8 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         """Read the file and find every problem that shows without opening an image."""
         errors: list[BadSampleError] = []
         records = read_records(self.data_path, use_im_start_end=use_im_start_end, on_bad_record=errors.append)
+        if any(record.images for record in records) and not os.path.isdir(self.image_folder or "."):
+            raise UserError(f"image folder {self.image_folder} does not exist; {self.data_path} names images in it")
         missing_images = self._find_missing_images(records)
         usable = []
         for record in show_progress(records, "Checking records", "records"):
@@ -238,8 +241,8 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
     def _may_lose_what_matters(self, record: Record) -> bool:
         """Whether cutting to max_length could reach an image or the first answer, by an upper bound on token counts.
 
-        No tokenizer makes more tokens than UTF-8 bytes, but for a dummy prefix or two per chunk; tokenising
-        everything here would take minutes on large data sets.
+        Tokenizers make no more tokens than UTF-8 bytes, but for a dummy prefix or two per chunk; tokenising everything
+        here would take minutes on large data sets. Should a normaliser break the bound, reading the sample notices.
         """
         text = ""
         bound = 2
@@ -347,6 +350,19 @@ def check_data(dataset: ConversationDataset) -> DataReport:
             counts[error.cause] += 1
             examples.setdefault(error.cause, str(error))
     return DataReport(num_usable, counts, examples)
+
+
+def _warn_about_foreign_end(template: ConversationTemplate, tokenizer: Tokenizer) -> None:
+    """Warn when the end of an answer is no token of the vocabulary: the model then spells it out piece by piece."""
+    for end in template.stop_strings:
+        if end.strip() and len(tokenizer(end, add_special_tokens=False).input_ids) != 1:
+            logger.warning(
+                "template %r ends answers with %r, which is not a token of this tokenizer (its eos token is %r); "
+                "a template made for this language model may fit better",
+                template.name,
+                end,
+                tokenizer.eos_token,
+            )
 
 
 def _describe_counts(counts: dict[str, int]) -> str:

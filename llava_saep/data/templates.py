@@ -5,6 +5,7 @@ trained on exactly these strings. Each rendering is checked against prompts of t
 """
 
 import difflib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -104,24 +105,20 @@ def _render_role_names(turns: Sequence[Turn], add_generation_prompt: bool, syste
     return segments
 
 
-def _render_inst(round_start: str) -> Renderer:
+def _render_inst(turns: Sequence[Turn], add_generation_prompt: bool, system: str, *, round_start: str) -> list[Segment]:
     """Llama-2 and Mistral: "[INST] question [/INST] answer </s>"; `round_start` precedes every round but the first."""
-
-    def render(turns: Sequence[Turn], add_generation_prompt: bool, system: str) -> list[Segment]:
-        segments = []
-        for position, turn in enumerate(turns):
-            expected = "user" if position % 2 == 0 else "assistant"
-            if turn.role != expected:
-                raise UserError(f"turn {position + 1} is the {turn.role}'s, but this template needs the {expected}'s")
-            if turn.role == "assistant":
-                segments.append(Segment(f" {turn.text} </s>", True))
-                continue
-            start = round_start if position else ""
-            header = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system and position == 0 else ""
-            segments.append(Segment(f"{start}[INST] {header}{turn.text} [/INST]", False))
-        return segments  # a user turn already ends with what the answer follows
-
-    return render
+    segments = []
+    for position, turn in enumerate(turns):
+        expected = "user" if position % 2 == 0 else "assistant"
+        if turn.role != expected:
+            raise UserError(f"turn {position + 1} is the {turn.role}'s, but this template needs the {expected}'s")
+        if turn.role == "assistant":
+            segments.append(Segment(f" {turn.text} </s>", True))
+            continue
+        start = round_start if position else ""
+        header = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system and position == 0 else ""
+        segments.append(Segment(f"{start}[INST] {header}{turn.text} [/INST]", False))
+    return segments  # a user turn already ends with what the answer follows
 
 
 def _render_chatml(turns: Sequence[Turn], add_generation_prompt: bool, system: str) -> list[Segment]:
@@ -154,9 +151,9 @@ def _templates() -> dict[str, ConversationTemplate]:
         (("v1", "vicuna_v1"), VICUNA_SYSTEM, "</s>", _render_role_names),
         (("llava_v1",), LLAVA_V1_SYSTEM, "</s>", _render_role_names),
         (("plain", "v0_plain"), "", "\n", _render_plain),
-        (("llama_2",), LLAMA_2_SYSTEM, "</s>", _render_inst("<s>")),
-        (("llava_llama_2",), LLAVA_LLAMA_2_SYSTEM, "</s>", _render_inst("<s>")),
-        (("mistral_instruct",), "", "</s>", _render_inst("")),
+        (("llama_2",), LLAMA_2_SYSTEM, "</s>", functools.partial(_render_inst, round_start="<s>")),
+        (("llava_llama_2",), LLAVA_LLAMA_2_SYSTEM, "</s>", functools.partial(_render_inst, round_start="<s>")),
+        (("mistral_instruct",), "", "</s>", functools.partial(_render_inst, round_start="")),
         (("chatml_direct", "mistral_direct"), CHATML_SYSTEM, "<|im_end|>", _render_chatml),
         (("mpt",), MPT_SYSTEM, "<|im_end|>", _render_chatml),
     ]

@@ -38,7 +38,8 @@ def encode_segments(
 ) -> Encoded:
     """Tokenise a rendered conversation and mark what the model learns to write.
 
-    A token is a target when its first character belongs to a target segment.
+    A token is a target when its first character belongs to a target segment. (A byte-level vocabulary may join the
+    newline that ends a prompt with one that starts the answer; such a token is no target.)
 
     Args:
         segments: what a template rendered, with one "<image>" marker per image.

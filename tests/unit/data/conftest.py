@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from transformers import CLIPImageProcessorPil, LlamaTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import CLIPImageProcessorPil, LlamaTokenizer, PreTrainedTokenizerFast
 
 from llava_saep.data.dataset import ConversationDataset
 from llava_saep.data.templates import conversation_template
@@ -24,9 +25,25 @@ def _llama_tokenizer(**options):
     return LlamaTokenizer.from_pretrained(GOLDEN / "tokenizer", **options)
 
 
+def _byte_level_tokenizer():
+    """Bytes with merges, as GPT-2's and Qwen's vocabularies: no bos, no dummy prefix, ChatML tokens."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator((GOLDEN / "README.md").read_text().splitlines(keepends=True), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|im_end|>")
+
+
 @pytest.fixture(scope="session")
 def tokenizers():
-    """The three tokenizers of the reference outputs, plus the one with LLaVA's <im_start> and <im_end> added."""
+    """The three tokenizers of the reference outputs, one with <im_start> and <im_end> added, and a byte-level one."""
     with_im_start_end = _llama_tokenizer(legacy=False, add_bos_token=True)
     with_im_start_end.add_tokens(["<im_start>", "<im_end>"], special_tokens=True)
     return {
@@ -36,6 +53,7 @@ def tokenizers():
             legacy=False, add_bos_token=False, additional_special_tokens=["<|im_start|>", "<|im_end|>"]
         ),
         "im_start_end": with_im_start_end,
+        "byte_level": _byte_level_tokenizer(),
     }
 
 

@@ -206,6 +206,34 @@ def test_unknown_options_are_named(make_dataset):
         make_dataset([_record()], max_length=0)
 
 
+def test_missing_image_folder_is_named(tmp_path, make_dataset):
+    dataset = make_dataset([_record("red.png")])
+    settings = {name: getattr(dataset, name) for name in ("tokenizer", "image_processor", "image_aspect_ratio")}
+    with pytest.raises(UserError, match="image folder .*nowhere does not exist"):
+        ConversationDataset(
+            tmp_path / "data.json",
+            tmp_path / "nowhere",
+            **settings,
+            template=dataset.template,
+            num_image_tokens=lambda grid: 16,
+            patch_size=14,
+            image_token_id=IMAGE_TOKEN_ID,
+            max_length=512,
+        )
+
+
+def test_template_that_does_not_fit_the_tokenizer_is_pointed_out(make_dataset, caplog):
+    with caplog.at_level(logging.WARNING):
+        make_dataset([_record("red.png")], "v1")
+        make_dataset([_record("red.png")], "plain")
+    assert not caplog.records
+    make_dataset([_record("red.png")], "chatml_direct")
+    assert (
+        "ends answers with '<|im_end|>', which is not a token of this tokenizer (its eos token is '</s>')"
+        in caplog.text
+    )
+
+
 def test_check_data_counts_every_cause(make_dataset, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"not an image")
     records = [_record("red.png"), _record("broken.png"), _record("gone.png"), _record("broken.png")]

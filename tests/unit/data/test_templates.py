@@ -1,5 +1,7 @@
 """Templates render what LLaVA's conversations render."""
 
+import pickle
+
 import pytest
 
 from llava_saep.data.conversation import Turn, place_image_markers, segments_text
@@ -70,6 +72,13 @@ def test_answers_end_with_a_stop_string(name):
     template = conversation_template(name)
     answer = template.render([Turn("user", "<image>"), Turn("assistant", "Yes.")])[-1].text
     assert answer.endswith(template.stop_strings)
+
+
+@pytest.mark.parametrize("name", TEMPLATE_NAMES)
+def test_templates_reach_worker_processes(name):
+    template = conversation_template(name)
+    turns = [Turn("user", "<image>\nWhat?"), Turn("assistant", "A cat.")]
+    assert pickle.loads(pickle.dumps(template)).render(turns) == template.render(turns)
 
 
 def test_unknown_name_lists_the_known_ones():

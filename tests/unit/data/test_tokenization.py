@@ -94,7 +94,8 @@ def _random_text(rng):
 
 
 def _random_turns(rng):
-    """Question and answer pairs; the first shows an image. Answers do not start with white space (see below)."""
+    """Question and answer pairs; the first shows an image. Answers do not start with white space,
+    which a byte-level vocabulary could join with the end of the prompt."""
     turns = []
     for position in range(rng.randint(1, 3)):
         question = ("<image>\n" if position == 0 else "") + _random_text(rng)
@@ -103,7 +104,7 @@ def _random_turns(rng):
 
 
 @pytest.mark.parametrize("name", TEMPLATE_NAMES)
-@pytest.mark.parametrize("tokenizer_name", ["llama_legacy", "llama_new", "yi_new"])
+@pytest.mark.parametrize("tokenizer_name", ["llama_legacy", "llama_new", "yi_new", "byte_level"])
 def test_generation_sees_the_ids_of_training(tokenizers, name, tokenizer_name):
     """The prompt of each answer is a prefix of the training ids, and targets start exactly where it ends."""
     rng = random.Random(f"{name} {tokenizer_name}")
@@ -120,15 +121,18 @@ def test_generation_sees_the_ids_of_training(tokenizers, name, tokenizer_name):
             assert not is_target[len(prompt) - 1] or name.endswith("plain"), turns
 
 
-def test_targets_decode_to_the_answer_with_its_end(tokenizers):
+@pytest.mark.parametrize(
+    ("name", "tokenizer_name", "end"), [("v1", "llama_new", "</s>"), ("chatml_direct", "byte_level", "<|im_end|>")]
+)
+def test_targets_decode_to_the_answer_with_its_end(tokenizers, name, tokenizer_name, end):
     rng = random.Random(0)
-    tokenizer = tokenizers["llama_new"]
+    tokenizer = tokenizers[tokenizer_name]
     for _ in range(50):
         answer = "A" + _random_text(rng)
-        segments = conversation_template("v1").render([Turn("user", _random_text(rng)), Turn("assistant", answer)])
+        segments = conversation_template(name).render([Turn("user", _random_text(rng)), Turn("assistant", answer)])
         labels = encode_segments(segments, tokenizer, [], IMAGE_TOKEN_INDEX).labels
         targets = [label for label in labels if label != IGNORE_INDEX]
-        assert tokenizer.decode(targets) == f"{answer}</s>"
+        assert tokenizer.decode(targets) == f"{answer}{end}"
 
 
 def test_an_image_takes_its_count_of_ignored_positions(tokenizer):
