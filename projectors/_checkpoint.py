@@ -69,16 +69,22 @@ def gathered_parameters(module: nn.Module) -> Iterator[None]:
 
 def _best_reading(projector: Projector, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict without its prefix, in this module's keys: the first exact match, or the nearest miss."""
-    expected = set(projector.state_dict())
-    nearest: dict[str, Tensor] | None = None
+    expected = projector.state_dict()
+    readings = []
     for prefix in _candidate_prefixes(state_dict):
         stripped = {key[len(prefix) :]: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
         for reading in (stripped, projector.convert_original_state_dict(stripped)):
-            if set(reading) == expected:
+            distance = _distance(reading, expected)
+            if distance == (0, 0):
                 return dict(reading)
-            if nearest is None or len(set(reading) ^ expected) < len(set(nearest) ^ expected):
-                nearest = dict(reading)
-    return nearest if nearest is not None else {}
+            readings.append((distance, reading))
+    return dict(min(readings, key=lambda pair: pair[0])[1])
+
+
+def _distance(reading: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Keys on one side only, and tensors of another shape."""
+    misshapen = sum(reading[key].shape != expected[key].shape for key in expected.keys() & reading.keys())
+    return len(reading.keys() ^ expected.keys()), misshapen
 
 
 def _candidate_prefixes(state_dict: Mapping[str, Tensor]) -> list[str]:

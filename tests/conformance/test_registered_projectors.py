@@ -1,4 +1,4 @@
-"""Every registered projector keeps every promise of the contract; a new file in projectors/ is covered by being there."""
+"""Every registered projector keeps every promise of the contract; a new file in projectors/ is covered at once."""
 
 from __future__ import annotations
 

@@ -1,0 +1,253 @@
+"""Look-up by name, alias, entry point, own file and spelling; and that a stored name cannot run code."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import pickle
+import sys
+import types
+
+import pytest
+import torch
+
+from projectors import (
+    PatchGrid,
+    Projector,
+    ProjectorConfig,
+    ProjectorError,
+    ProjectorSelection,
+    projector_spec,
+    register_projector,
+    registered_projectors,
+    select_projector,
+)
+
+OWN_FILE = '''
+from dataclasses import dataclass
+from torch import nn
+from projectors import Projector, ProjectorConfig, option, register_projector
+
+@dataclass(frozen=True, kw_only=True)
+class BlurConfig(ProjectorConfig):
+    width: int = option(1, "width of the blur", minimum=1)
+
+    def num_output_tokens(self, grid):
+        return grid.num_patches
+
+@register_projector("blur", config=BlurConfig, summary="A blur.")
+class Blur(Projector):
+    """A blur."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.linear = nn.Linear(config.vision_hidden_size, config.text_hidden_size)
+
+    def reset_parameters(self):
+        self.linear.reset_parameters()
+
+    def forward(self, features, grid):
+        self.check_features(features, grid)
+        return self.linear(features[0])
+
+class Undecorated(Projector):
+    pass
+'''
+
+
+@pytest.fixture
+def own_file(tmp_path, scratch_registry):
+    path = tmp_path / "blur.py"
+    path.write_text(OWN_FILE)
+    return path
+
+
+@pytest.fixture
+def plug_in(scratch_registry, monkeypatch):
+    """An installed package whose entry point `blur` leads to OWN_FILE; `loads` counts how often it is imported."""
+    loads = []
+
+    class EntryPoint:
+        name, value = "blur", "blur_lab.blur:Blur"
+
+        def load(self):
+            loads.append(self.value)
+            module = types.ModuleType("blur_lab.blur")
+            sys.modules["blur_lab.blur"] = module
+            exec(OWN_FILE, module.__dict__)
+            return module.Blur
+
+    found = importlib.metadata.entry_points
+
+    def entry_points(**selection):
+        return [EntryPoint()] if selection == {"group": "llava_saep.projectors"} else found(**selection)
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+    return loads
+
+
+def test_built_ins_are_found_by_listing_the_folder():
+    assert {"avg_pool", "c_abstractor", "identity", "linear", "mlp", "qformer", "saep"} <= set(registered_projectors())
+
+
+@pytest.mark.parametrize(
+    "spelling, name, options",
+    [
+        ("saep", "saep", {}),
+        ("deco", "avg_pool", {}),
+        ("c-abs", "c_abstractor", {}),
+        ("mlp2x_gelu", "mlp", {"depth": 2}),
+        ("mlp13x_gelu", "mlp", {"depth": 13}),
+    ],
+)
+def test_spellings(spelling, name, options):
+    selection = select_projector(spelling)
+    assert (selection.name, selection.provider, selection.options) == (name, "built-in", options)
+
+
+@pytest.mark.parametrize("spelling", ["mlpx_gelu", "mlp2x_gelu_", "xmlp2x_gelu", "sae", "SAEP", "lin", ""])
+def test_substrings_and_near_misses_are_not_names(spelling):
+    with pytest.raises(ProjectorError, match="unknown projector"):
+        select_projector(spelling)
+
+
+def test_unknown_name_suggests_and_lists():
+    with pytest.raises(ProjectorError) as error:
+        select_projector("sape")
+    assert str(error.value).startswith("unknown projector: 'sape'. Did you mean 'saep'? Registered: ")
+    assert all(name in str(error.value) for name in registered_projectors())
+    assert "package.module:Class" in str(error.value)
+
+
+def test_spelled_option_must_agree_with_the_given_one():
+    assert select_projector("mlp2x_gelu", {"depth": "2"}).options == {"depth": 2}
+    with pytest.raises(ProjectorError, match="depth=2.*3"):
+        select_projector("mlp2x_gelu", {"depth": 3})
+
+
+def test_spelled_option_is_checked():
+    with pytest.raises(ProjectorError, match="depth.*at least 1"):
+        select_projector("mlp0x_gelu")
+
+
+def test_second_registration_of_a_name_raises(scratch_registry):
+    class Other(Projector):
+        pass
+
+    for name, aliases in (("saep", ()), ("deco", ()), ("fresh", ("linear",))):
+        with pytest.raises(ProjectorError, match="already registered by projectors"):
+            register_projector(name, config=ProjectorConfig, summary="x", aliases=aliases)(Other)
+    assert "fresh" not in registered_projectors()
+
+
+def test_only_projector_classes_and_configs_are_registered(scratch_registry):
+    with pytest.raises(ProjectorError, match="subclass of Projector"):
+        register_projector("fresh", config=ProjectorConfig, summary="x")(torch.nn.Linear)
+    with pytest.raises(ProjectorError, match="subclass of ProjectorConfig"):
+        register_projector("fresh", config=dict, summary="x")(Projector)
+
+
+def test_own_file_needs_consent_and_then_works(own_file):
+    with pytest.raises(ProjectorError, match="trust_projector_code"):
+        select_projector(f"{own_file}:Blur")
+    assert not any(name.startswith("projector_file_") for name in sys.modules)
+    selection = select_projector(f"{own_file}:Blur", {"width": "2"}, trust_projector_code=True)
+    assert selection.to_dict() == {"name": "blur", "provider": f"{own_file}:Blur", "options": {"width": 2}}
+    assert "blur" in registered_projectors()
+    again = select_projector(f"{own_file}:Blur", trust_projector_code=True)
+    assert again.spec.module_class is selection.spec.module_class
+    projector = selection.build(selection.build_config(vision_hidden_size=4, text_hidden_size=6))
+    assert pickle.loads(pickle.dumps(projector))([torch.zeros(1, 6, 4)], PatchGrid(2, 3)).shape == (1, 6, 6)
+
+
+def test_own_module_on_the_path(own_file, monkeypatch):
+    monkeypatch.syspath_prepend(own_file.parent)
+    assert select_projector("blur:Blur", trust_projector_code=True).provider == "blur:Blur"
+
+
+@pytest.mark.parametrize(
+    "spelling, words",
+    [
+        ("no_such_package.module:Class", ("no_such_package", "PYTHONPATH")),
+        ("/no/such/file.py:Class", ("/no/such/file.py", "no such file")),
+        ("{path}:Other", ("Other", "Blur", "Undecorated")),
+        ("{path}:Undecorated", ("Undecorated", "@register_projector")),
+    ],
+)
+def test_unusable_own_code_is_explained(own_file, spelling, words):
+    with pytest.raises(ProjectorError) as error:
+        select_projector(spelling.format(path=own_file), trust_projector_code=True)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_stored_selection_does_not_import_code_without_consent(own_file):
+    stored = {"name": "blur", "provider": f"{own_file}:Blur", "options": {}}
+    with pytest.raises(ProjectorError, match="trust_projector_code"):
+        ProjectorSelection.from_dict(stored)
+    assert not any(name.startswith("projector_file_") for name in sys.modules)
+    assert ProjectorSelection.from_dict(stored, trust_projector_code=True).to_dict() == stored
+
+
+@pytest.mark.parametrize("name", ["os:path", "saep:Class", "{path}:Blur"])
+def test_a_stored_name_cannot_smuggle_code_in(own_file, name):
+    with pytest.raises(ProjectorError):
+        ProjectorSelection.from_dict({"name": name.format(path=own_file), "provider": "built-in", "options": {}})
+    assert not any(module.startswith("projector_file_") for module in sys.modules)
+
+
+def test_entry_point_is_listed_without_loading_and_loaded_by_name(plug_in):
+    assert "blur" in registered_projectors()
+    select_projector("saep")
+    select_projector("mlp2x_gelu")
+    assert plug_in == []
+    selection = select_projector("blur")
+    assert (selection.provider, plug_in) == ("entry-point", ["blur_lab.blur:Blur"])
+    assert ProjectorSelection.from_dict(selection.to_dict()) == selection
+
+
+def test_selection_from_another_provider_is_refused(plug_in):
+    with pytest.raises(ProjectorError, match="came from 'built-in'.*'entry-point'"):
+        ProjectorSelection.from_dict({"name": "blur", "provider": "built-in", "options": {}})
+
+
+@pytest.mark.parametrize("stored", [{}, {"provider": "built-in"}, {"name": "saep", "extra": 1}])
+def test_malformed_stored_selection_is_refused(stored):
+    with pytest.raises(ProjectorError, match="expected the keys"):
+        ProjectorSelection.from_dict(stored)
+
+
+def test_completed_selection_survives_json_and_changed_defaults():
+    selection = select_projector("saep", {"stride": 3})
+    sizes = {"vision_hidden_size": 8, "text_hidden_size": 12}
+    config = selection.build_config(**sizes, num_vision_layers=12)
+    stored = json.loads(json.dumps(selection.completed(config).to_dict()))
+    assert ProjectorSelection.from_dict(stored).build_config(**sizes, num_vision_layers=12) == config
+    assert stored["options"]["vision_layers"] == [6, 8, 11, 12]
+    assert stored["options"]["stride"] == 3
+
+
+@pytest.mark.parametrize("layer", [25, -26])
+def test_layers_that_the_tower_lacks_are_refused(layer):
+    selection = select_projector("mlp", {"vision_layers": [layer]})
+    with pytest.raises(ProjectorError, match=f"layer {layer} does not exist.*24 blocks.*-25 to 24"):
+        selection.build_config(vision_hidden_size=8, text_hidden_size=8, num_vision_layers=24)
+
+
+def test_outermost_layers_are_allowed():
+    selection = select_projector("mlp", {"vision_layers": [0, -25, 24, -1]})
+    selection.build_config(vision_hidden_size=8, text_hidden_size=8, num_vision_layers=24)
+
+
+def test_build_refuses_another_projectors_config():
+    config = select_projector("linear").build_config(vision_hidden_size=8, text_hidden_size=8)
+    with pytest.raises(ProjectorError, match="LinearConfig.*SAEPConfig"):
+        select_projector("saep").build(config)
+
+
+def test_identity_names_both_widths():
+    with pytest.raises(ProjectorError, match="8.*12"):
+        select_projector("identity").build_config(vision_hidden_size=8, text_hidden_size=12)
+
+
+def test_spec_of_an_alias_is_the_spec():
+    assert projector_spec("deco") is projector_spec("avg_pool")
