@@ -7,6 +7,7 @@ data, the vision tower and the language model are small (playground/spatial_scen
 import argparse
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -21,8 +22,7 @@ from projectors import ProjectorError
 
 ROOT = Path(__file__).parents[1]
 BACKBONES = ROOT / "playground" / "backbones"
-VISION_TOWER = BACKBONES / "vision_tower"
-LANGUAGE_MODEL = BACKBONES / "language_model"
+"""The small stand-ins for CLIP and Vicuna, and the recipe that made them."""
 SETTINGS_FILE = "quickstart.json"
 DATASET_FILE = "dataset.json"
 
@@ -73,6 +73,8 @@ class Job:
     seed: int
     data_dir: Path
     output_dir: Path
+    vision_tower: str
+    language_model: str
     num_processes: int
     deepspeed_config: Path
     on_gpu: bool
@@ -88,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except StageFailed as error:
         print(f"\nquickstart: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code
     except KeyboardInterrupt:
         print("\nquickstart: interrupted", file=sys.stderr)
         return 130
@@ -130,6 +132,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of data, initialisation and order (default: 0)")
     parser.add_argument("--output_dir", type=Path, help="default: runs/quickstart/<world>-<projector>-seed<seed>")
     parser.add_argument("--data_dir", type=Path, help="default: runs/data/<world>-seed<seed>; made when absent")
+    parser.add_argument("--vision_tower", default=str(BACKBONES / "vision_tower"), help="another vision tower")
+    parser.add_argument(
+        "--model_name_or_path", default=str(BACKBONES / "language_model"), help="another language model"
+    )
     parser.add_argument("--stage1_steps", type=int, help=f"default: {Settings.stage1_steps}")
     parser.add_argument("--stage2_steps", type=int, help=f"default: {Settings.stage2_steps}")
     parser.add_argument(
@@ -171,6 +177,8 @@ def plan_job(arguments: argparse.Namespace) -> Job:
         seed=arguments.seed,
         data_dir=arguments.data_dir or runs / "data" / data_label,
         output_dir=arguments.output_dir or runs / "quickstart" / label,
+        vision_tower=arguments.vision_tower,
+        language_model=arguments.model_name_or_path,
         num_processes=arguments.num_processes or num_gpus or 2,
         deepspeed_config=arguments.deepspeed,
         on_gpu=num_gpus > 0,
@@ -207,17 +215,14 @@ def check_job(job: Job, num_gpus: int) -> None:
 
 
 def check_projector(job: Job) -> None:
-    """Raise ProjectorError when the projector is unknown or cannot be placed between the small tower and model."""
+    """Raise UserError or ProjectorError when the projector is unknown or cannot be placed between tower and model."""
     from llava_saep.model.loading import make_config
     from projectors import parse_projector_options, select_projector
 
-    missing = [folder for folder in (VISION_TOWER, LANGUAGE_MODEL) if not (folder / "config.json").is_file()]
-    if missing:
-        raise UserError(f"{missing[0]} holds no model: `python -m playground.backbones` makes it")
     options = parse_projector_options(job.projector_options)
     make_config(
-        language_model=str(LANGUAGE_MODEL),
-        vision_tower=str(VISION_TOWER),
+        language_model=job.language_model,
+        vision_tower=job.vision_tower,
         projector=select_projector(job.projector, options, trust_projector_code=True),
         image_token_id=0,
     )
@@ -279,8 +284,8 @@ def common_flags(job: Job, stage: str, num_steps: int, learning_rate: float) -> 
     """What both stages are told, in LLaVA's flags."""
     flags: dict[str, Any] = {
         "deepspeed": job.deepspeed_config,
-        "model_name_or_path": LANGUAGE_MODEL,
-        "vision_tower": VISION_TOWER,
+        "model_name_or_path": job.language_model,
+        "vision_tower": job.vision_tower,
         "mm_projector_type": job.projector,
         "data_path": job.data_dir / "train" / f"{stage}.json",
         "image_folder": job.data_dir / "train" / "images",
@@ -305,7 +310,11 @@ def common_flags(job: Job, stage: str, num_steps: int, learning_rate: float) -> 
 
 
 class StageFailed(RuntimeError):
-    """The launcher ended with an error; its output says which."""
+    """The launcher ended with an error, which its output tells; `exit_code` is 2 for a mistake in the flags."""
+
+    def __init__(self, name: str, exit_code: int):
+        super().__init__(f"{name} ended with exit code {exit_code}: its messages are above")
+        self.exit_code = exit_code
 
 
 def run_stage(job: Job, flags: Sequence[str], name: str) -> None:
@@ -321,10 +330,14 @@ def run_stage(job: Job, flags: Sequence[str], name: str) -> None:
     if not job.on_gpu:
         # Also where there are more cores: threads of a small model wait for each other longer than they compute.
         environment["OMP_NUM_THREADS"] = "1"
-    print("$ deepspeed " + " ".join(command[command.index("--quiet") + 1 :]), flush=True)
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+    print(
+        f"$ deepspeed --num_gpus {job.num_processes} {shown_command(command[command.index('--quiet') + 1 :])}",
+        flush=True,
+    )
     exit_code = run_launcher(command, environment)
     if exit_code:
-        raise StageFailed(f"{name} ended with exit code {exit_code}: its messages are above")
+        raise StageFailed(name, exit_code)
 
 
 def evaluate(job: Job):
@@ -446,6 +459,11 @@ def format_seconds(seconds: float) -> str:
     """`75.2` -> `1 min 15 s`."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def shown_command(words: Sequence[str]) -> str:
+    """A command line as one would type it in the working folder."""
+    return shlex.join(str(shown_path(Path(word))) if word.startswith("/") else word for word in words)
 
 
 def shown_path(path: Path) -> Path:
