@@ -260,8 +260,11 @@ def _find_registered(name: str) -> ProjectorSpec | None:
     entry_point = _entry_points().get(name)
     if entry_point is None:
         return None
-    with _ProviderScope(ENTRY_POINT):
-        entry_point.load()
+    try:
+        with _ProviderScope(ENTRY_POINT):
+            entry_point.load()
+    except ImportError as error:
+        raise ProjectorError(f"entry point {name!r} ({entry_point.value}) cannot be imported: {error}") from error
     if name not in _specs:
         raise ProjectorError(
             f"entry point {name!r} ({entry_point.value}) of group {ENTRY_POINT_GROUP} registers no projector {name!r}"
@@ -283,10 +286,10 @@ def _load_built_ins() -> None:
     """Import every plain file of this package; each registers what it holds."""
     if _LoadState.built_ins_loaded:
         return
-    _LoadState.built_ins_loaded = True
     for module in pkgutil.iter_modules(sys.modules[_PACKAGE].__path__):
         if not (module.ispkg or module.name.startswith("_") or module.name in _NOT_PROJECTORS):
             importlib.import_module(f"{_PACKAGE}.{module.name}")
+    _LoadState.built_ins_loaded = True
 
 
 def _add(spec: ProjectorSpec) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import pickle
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from projectors import (
     registered_projectors,
     select_projector,
 )
+from projectors.conformance import check_projector
 
 OWN_FILE = '''
 from dataclasses import dataclass
@@ -251,3 +254,20 @@ def test_identity_names_both_widths():
 
 def test_spec_of_an_alias_is_the_spec():
     assert projector_spec("deco") is projector_spec("avg_pool")
+
+
+def test_the_readmes_example_conforms(tmp_path, scratch_registry):
+    readme = (Path(__file__).parents[3] / "projectors" / "README.md").read_text()
+    path = tmp_path / "blur.py"
+    path.write_text(readme.split("```python\n")[1].split("```")[0])
+    check_projector(f"{path}:Blur", {"window": 3}, trust_projector_code=True).raise_if_failed()
+
+
+def test_entry_point_that_cannot_be_imported_is_explained(plug_in, monkeypatch):
+    monkeypatch.setattr(
+        importlib.metadata.entry_points(group="llava_saep.projectors")[0].__class__,
+        "load",
+        lambda self: importlib.import_module("no_such_lab"),
+    )
+    with pytest.raises(ProjectorError, match="blur_lab.blur:Blur.*no_such_lab"):
+        select_projector("blur")
