@@ -296,6 +296,8 @@ def choose_trainable(model: nn.Module, config: TrainingConfig, arguments: Traini
     """
     base = model
     if config.lora is not None:
+        # How many random numbers loading has drawn depends on ZeRO's stage; the adapters' start shall not.
+        transformers.set_seed(arguments.seed)
         model = add_lora(model, config.lora)
     set_trainable(model, config.trainable)
     if "vision_tower" in config.trainable:

@@ -1,0 +1,265 @@
+"""The command line: LLaVA's published scripts parse unchanged, and mistakes end in one clear message."""
+
+import logging
+
+import pytest
+
+from llava_saep.arguments import own_flags, parse_arguments, translate_removed_flags
+from llava_saep.errors import UserError
+from llava_saep.train.config import LoraConfig
+from projectors import ProjectorError
+
+REQUIRED = "--model_name_or_path lm --vision_tower tower --data_path data.json --output_dir out".split()
+
+# The argument lists of LLaVA's scripts/v1_5/{pretrain,finetune,finetune_lora}.sh (haotian-liu/LLaVA, v1.2.2).
+PRETRAIN = """
+    --deepspeed ./scripts/zero2.json --model_name_or_path lmsys/vicuna-13b-v1.5 --version plain
+    --data_path ./playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json
+    --image_folder ./playground/data/LLaVA-Pretrain/images --vision_tower openai/clip-vit-large-patch14-336
+    --mm_projector_type mlp2x_gelu --tune_mm_mlp_adapter True --mm_vision_select_layer -2
+    --mm_use_im_start_end False --mm_use_im_patch_token False --bf16 True
+    --output_dir ./checkpoints/llava-v1.5-13b-pretrain --num_train_epochs 1 --per_device_train_batch_size 32
+    --per_device_eval_batch_size 4 --gradient_accumulation_steps 1 --evaluation_strategy no --save_strategy steps
+    --save_steps 24000 --save_total_limit 1 --learning_rate 1e-3 --weight_decay 0. --warmup_ratio 0.03
+    --lr_scheduler_type cosine --logging_steps 1 --tf32 True --model_max_length 2048 --gradient_checkpointing True
+    --dataloader_num_workers 4 --lazy_preprocess True --report_to wandb
+""".split()
+FINETUNE = """
+    --deepspeed ./scripts/zero3.json --model_name_or_path lmsys/vicuna-13b-v1.5 --version v1
+    --data_path ./playground/data/llava_v1_5_mix665k.json --image_folder ./playground/data
+    --vision_tower openai/clip-vit-large-patch14-336
+    --pretrain_mm_mlp_adapter ./checkpoints/llava-v1.5-13b-pretrain/mm_projector.bin --mm_projector_type mlp2x_gelu
+    --mm_vision_select_layer -2 --mm_use_im_start_end False --mm_use_im_patch_token False --image_aspect_ratio pad
+    --group_by_modality_length True --bf16 True --output_dir ./checkpoints/llava-v1.5-13b --num_train_epochs 1
+    --per_device_train_batch_size 16 --per_device_eval_batch_size 4 --gradient_accumulation_steps 1
+    --evaluation_strategy no --save_strategy steps --save_steps 50000 --save_total_limit 1 --learning_rate 2e-5
+    --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine --logging_steps 1 --tf32 True
+    --model_max_length 2048 --gradient_checkpointing True --dataloader_num_workers 4 --lazy_preprocess True
+    --report_to wandb
+""".split()
+FINETUNE_LORA = ["--lora_enable", "True", "--lora_r", "128", "--lora_alpha", "256", "--mm_projector_lr", "2e-5"] + [
+    {"2e-5": "2e-4", "./checkpoints/llava-v1.5-13b": "./checkpoints/llava-v1.5-13b-lora"}.get(word, word)
+    for word in FINETUNE
+]
+
+
+def test_published_pretraining_script_parses_into_stage_one():
+    config = parse_arguments(PRETRAIN)
+    assert config.model.language_model == "lmsys/vicuna-13b-v1.5"
+    assert config.model.vision_tower == "openai/clip-vit-large-patch14-336"
+    assert config.model.projector.name == "mlp"
+    assert config.model.projector.options["depth"] == 2
+    assert list(config.model.projector.options["vision_layers"]) == [-2]
+    assert config.data.conversation_template == "plain"
+    assert config.data.max_length == 2048
+    assert config.training.trainable == {"projector"}
+    assert config.training.save_total_limit == 1
+    assert config.training.output_dir == "./checkpoints/llava-v1.5-13b-pretrain"
+    arguments = config.training.trainer_arguments
+    expected = {
+        "deepspeed": "./scripts/zero2.json",
+        "bf16": True,
+        "tf32": True,
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 32,
+        "save_steps": 24000,
+        "learning_rate": 1e-3,
+        "warmup_steps": 0.03,
+        "lr_scheduler_type": "cosine",
+        "logging_steps": 1,
+        "activation_checkpointing": True,
+        "dataloader_num_workers": 4,
+        "report_to": "wandb",
+        "optim": "adamw_torch",
+    }
+    assert {name: arguments[name] for name in expected} == expected
+    assert "save_total_limit" not in arguments  # applied only after a checkpoint is known to be complete
+
+
+def test_published_finetuning_script_parses_into_stage_two():
+    config = parse_arguments(FINETUNE)
+    assert config.model.projector_weights == "./checkpoints/llava-v1.5-13b-pretrain/mm_projector.bin"
+    assert config.data.conversation_template == "v1"
+    assert config.data.image_aspect_ratio == "pad"
+    assert config.training.trainable == {"projector", "language_model"}
+    assert config.training.group_by_modality_length
+    assert config.training.trainer_arguments["learning_rate"] == 2e-5
+    assert config.training.trainer_arguments["deepspeed"] == "./scripts/zero3.json"
+
+
+def test_published_lora_script_parses_into_adapters_with_the_projectors_own_rate():
+    config = parse_arguments(FINETUNE_LORA)
+    assert config.training.trainable == {"projector", "lora"}
+    assert config.training.lora == LoraConfig(rank=128, alpha=256, dropout=0.05, bias="none")
+    assert config.training.projector_learning_rate == 2e-5
+    assert config.training.trainer_arguments["learning_rate"] == 2e-4
+
+
+def test_own_flags_change_only_on_purpose():
+    """A frozen list: people's scripts depend on these names, so a new or missing one is a visible decision."""
+    assert " ".join(own_flags()) == (
+        "attn_implementation bits cache_dir data_path double_quant freeze_backbone freeze_mm_mlp_adapter "
+        "group_by_modality_length image_aspect_ratio image_folder is_multimodal lazy_preprocess lora_alpha lora_bias "
+        "lora_dropout lora_enable lora_r lora_weight_path mm_patch_merge_type mm_projector_lr mm_projector_options "
+        "mm_projector_type mm_use_im_patch_token mm_use_im_start_end mm_vision_select_feature mm_vision_select_layer "
+        "model_max_length model_name_or_path mpt_attn_impl on_bad_sample optim pretrain_mm_mlp_adapter quant_type "
+        "remove_unused_columns report_to resume trust_projector_code tune_mm_mlp_adapter unfreeze_mm_vision_tower "
+        "version vision_tower"
+    )
+
+
+def test_every_flag_of_llava_parses():
+    """The three dataclasses of llava/train/train.py, each flag with LLaVA's default or a harmless value."""
+    llava = """
+        --version v0 --freeze_backbone False --tune_mm_mlp_adapter False --mm_vision_select_layer -1
+        --mm_projector_type linear --mm_use_im_start_end False --mm_use_im_patch_token True --mm_patch_merge_type flat
+        --mm_vision_select_feature patch --lazy_preprocess False --is_multimodal False --image_folder images
+        --image_aspect_ratio square --cache_dir cache --optim adamw_torch --remove_unused_columns False
+        --freeze_mm_mlp_adapter False --mpt_attn_impl triton --model_max_length 512 --double_quant True --quant_type nf4
+        --bits 16 --lora_enable False --lora_r 64 --lora_alpha 16 --lora_dropout 0.05 --lora_bias none
+        --mm_projector_lr 1e-4 --group_by_modality_length False
+    """.split()
+    config = parse_arguments([*REQUIRED, *llava, "--lora_weight_path", ""])
+    assert list(config.model.projector.options["vision_layers"]) == [-1]
+    assert config.data.conversation_template == "v1"  # LLaVA's v0 trains with the v1 template
+
+
+def test_removed_flags_are_translated_with_one_warning_that_lists_all(caplog):
+    removed = (
+        "--evaluation_strategy no --warmup_ratio=0.1 --group_by_length True --no_cuda True --save_safetensors True"
+    )
+    with caplog.at_level(logging.WARNING, "llava_saep"):
+        config = parse_arguments([*REQUIRED, *removed.split()])
+    warnings = [record.getMessage() for record in caplog.records if "translated" in record.getMessage()]
+    assert len(warnings) == 1
+    for note in (
+        "--evaluation_strategy no -> --eval_strategy no",
+        "--warmup_ratio 0.1 -> --warmup_steps 0.1",
+        "--group_by_length True -> --train_sampling_strategy group_by_length",
+        "--no_cuda True -> --use_cpu True",
+        "--save_safetensors True is ignored",
+    ):
+        assert note in warnings[0]
+    arguments = config.training.trainer_arguments
+    assert arguments["warmup_steps"] == 0.1
+    assert arguments["use_cpu"] is True
+    assert arguments["train_sampling_strategy"] == "group_by_length"
+
+
+def test_todays_flags_need_no_translation(caplog):
+    with caplog.at_level(logging.WARNING, "llava_saep"):
+        parse_arguments([*REQUIRED, "--eval_strategy", "no", "--warmup_steps", "3"])
+    assert not caplog.records
+
+
+def test_translation_leaves_other_arguments_alone():
+    argv = ["--output_dir", "--odd-name", "--bf16", "--mm_vision_select_layer", "-2"]
+    assert translate_removed_flags(argv) == (argv, [])
+
+
+@pytest.mark.parametrize(("value", "resume"), [("True", "auto"), ("False", "never"), ("runs/checkpoint-3", None)])
+def test_transformers_resume_flag_means_ours(value, resume):
+    config = parse_arguments([*REQUIRED, "--resume_from_checkpoint", value])
+    assert config.training.resume == (resume or value)
+
+
+# Layers and options of the projector
+
+
+def projector_options(*flags):
+    return dict(parse_arguments([*REQUIRED, *flags]).model.projector.options)
+
+
+def test_single_layer_is_not_applied_to_a_projector_of_several_layers(caplog):
+    with caplog.at_level(logging.WARNING, "llava_saep"):
+        options = projector_options("--mm_projector_type", "saep", "--mm_vision_select_layer", "-2")
+    assert "vision_layers" not in options
+    assert sum("is not applied" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_single_layer_is_applied_to_a_projector_of_one_layer(caplog):
+    with caplog.at_level(logging.WARNING, "llava_saep"):
+        options = projector_options("--mm_projector_type", "linear", "--mm_vision_select_layer", "-3")
+    assert list(options["vision_layers"]) == [-3]
+    assert not caplog.records
+
+
+def test_several_layers_are_applied():
+    options = projector_options("--mm_projector_type", "saep", "--mm_vision_select_layer", "3", "6", "9")
+    assert list(options["vision_layers"]) == [3, 6, 9]
+
+
+def test_layers_among_the_options_win(caplog):
+    flags = ["--mm_projector_type", "saep", "--mm_vision_select_layer", "-2"]
+    with caplog.at_level(logging.WARNING, "llava_saep"):
+        options = projector_options(*flags, "--mm_projector_options", '{"vision_layers": [4, 8]}')
+    assert list(options["vision_layers"]) == [4, 8]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("text", ['{"stride": 3}', "stride=3", "stride=3,vision_layers=[4, 8]"])
+def test_projector_options_come_as_json_or_pairs(text):
+    assert projector_options("--mm_projector_type", "saep", "--mm_projector_options", text)["stride"] == 3
+
+
+def test_class_token_is_kept_where_the_flag_says_so():
+    assert projector_options("--mm_projector_type", "linear", "--mm_vision_select_feature", "cls_patch") == {
+        "keep_cls_token": True
+    }
+
+
+def test_no_projector_flag_keeps_the_one_of_a_saved_model():
+    assert parse_arguments(REQUIRED).model.keeps_saved_projector
+    assert not parse_arguments([*REQUIRED, "--mm_projector_type", "saep"]).model.keeps_saved_projector
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--tune_mm_mlp_adapter True --freeze_mm_mlp_adapter True", "contradicts --freeze_mm_mlp_adapter"),
+        ("--tune_mm_mlp_adapter True --lora_enable True", "contradicts --lora_enable"),
+        ("--freeze_backbone True --freeze_mm_mlp_adapter True", "nothing to train"),
+        ("--freeze_mm_mlp_adapter True --mm_projector_lr 1e-3", "keeps the projector"),
+        ("--image_aspect_ratio anyres", "anyres is not supported yet"),
+        ("--image_aspect_ratio wide", "expected square or pad"),
+        ("--mm_patch_merge_type spatial_unpad", "only flat"),
+        ("--mm_use_im_start_end True", "not supported"),
+        ("--bits 4", "bitsandbytes is not installed"),
+        ("--version vicuna", "unknown conversation template 'vicuna'"),
+        ("--eval_strategy steps", "no evaluation data"),
+        ("--evaluation_strategy steps", "no evaluation data"),
+        ("--warmup_ratio 0.03 --warmup_steps 10", "old name of --warmup_steps"),
+        ("--bf16 True --fp16 True", "choose one"),
+        ("--fsdp full_shard", "use --deepspeed"),
+        ("--label_smoothing_factor 0.1", "use 0"),
+        ("--group_by_modality_length True --train_sampling_strategy sequential", "contradicts"),
+        ("--mm_projecter_type saep", "Did you mean --mm_projector_type"),
+        ("--lora_enable maybe", "maybe"),
+        ("--on_bad_sample ignore", "invalid choice"),
+        ("stray", "belongs to no flag"),
+    ],
+)
+def test_mistake_ends_in_one_message(flags, message, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=message):
+        parse_arguments([*REQUIRED, *flags.split()])
+
+
+@pytest.mark.parametrize("missing", ["model_name_or_path", "data_path", "output_dir"])
+def test_missing_flag_is_named(missing):
+    at = REQUIRED.index(f"--{missing}")
+    with pytest.raises(UserError, match=f"--{missing} is missing"):
+        parse_arguments(REQUIRED[:at] + REQUIRED[at + 2 :])
+
+
+def test_unknown_projector_is_named_with_the_nearest():
+    with pytest.raises(ProjectorError, match="saep"):
+        parse_arguments([*REQUIRED, "--mm_projector_type", "sape"])
+
+
+def test_unknown_projector_option_is_named():
+    with pytest.raises(ProjectorError, match="stried"):
+        parse_arguments([*REQUIRED, "--mm_projector_type", "saep", "--mm_projector_options", "stried=3"])

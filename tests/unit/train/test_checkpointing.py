@@ -1,0 +1,164 @@
+"""A checkpoint is resumed from only if it is complete, and only by the run that it belongs to."""
+
+import dataclasses
+import logging
+
+import pytest
+
+from llava_saep.errors import UserError
+from llava_saep.train.checkpointing import (
+    MANIFEST_NAME,
+    CheckpointFacts,
+    check_same_run,
+    choose_checkpoint,
+    find_newest_complete,
+    publish,
+    read_facts,
+    remove_old_checkpoints,
+    set_aside,
+    why_incomplete,
+    write_manifest,
+)
+
+FACTS = CheckpointFacts(global_step=4, world_size=2, zero_stage=2, trainable={"projector.weight": (3, 4)})
+
+
+def make_checkpoint(output_dir, step, *, finished=True):
+    folder = output_dir / f"checkpoint-{step}"
+    (folder / f"global_step{step}").mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"weights %d" % step)
+    (folder / f"global_step{step}" / "rank_1.pt").write_bytes(b"optimizer shard")
+    if finished:
+        write_manifest(folder, dataclasses.replace(FACTS, global_step=step))
+    return folder
+
+
+def names(folders):
+    return [folder.name for folder in folders]
+
+
+def test_finished_checkpoint_is_complete_and_tells_its_run(tmp_path):
+    folder = make_checkpoint(tmp_path, 4)
+    assert why_incomplete(folder) is None
+    assert read_facts(folder) == FACTS
+
+
+def test_torn_checkpoint_is_passed_over_for_an_older_complete_one(tmp_path):
+    """What a rank killed while it saved leaves: the newest folder, without a manifest."""
+    make_checkpoint(tmp_path, 2)
+    make_checkpoint(tmp_path, 10, finished=False)
+    folder, passed_over = find_newest_complete(tmp_path)
+    assert folder.name == "checkpoint-2"
+    assert [(path.name, MANIFEST_NAME in reason) for path, reason in passed_over] == [("checkpoint-10", True)]
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda shard: shard.unlink(), "is missing"),
+        (lambda shard: shard.write_bytes(b"half"), "4 bytes instead of 15"),
+        (lambda shard: shard.write_bytes(b"optimizer sharp"), "another content"),
+    ],
+)
+def test_damage_after_saving_is_found_and_named(tmp_path, damage, reason):
+    folder = make_checkpoint(tmp_path, 4)
+    damage(folder / "global_step4" / "rank_1.pt")
+    assert "global_step4/rank_1.pt" in why_incomplete(folder)
+    assert reason in why_incomplete(folder)
+
+
+def test_newest_is_by_number_not_by_name(tmp_path):
+    for step in (9, 10, 100):
+        make_checkpoint(tmp_path, step)
+    assert choose_checkpoint(tmp_path, "auto").name == "checkpoint-100"
+
+
+def test_auto_says_which_it_takes_and_which_it_passes_over(tmp_path, caplog):
+    make_checkpoint(tmp_path, 2)
+    make_checkpoint(tmp_path, 4, finished=False)
+    with caplog.at_level(logging.INFO, "llava_saep"):
+        choose_checkpoint(tmp_path, "auto")
+    assert "passing over" in caplog.text and "checkpoint-4" in caplog.text
+    assert "resuming from" in caplog.text and "checkpoint-2" in caplog.text
+
+
+def test_auto_starts_from_the_beginning_where_there_is_nothing(tmp_path):
+    assert choose_checkpoint(tmp_path / "new", "auto") is None
+    assert choose_checkpoint(tmp_path, "auto") is None
+
+
+def test_auto_does_not_start_anew_silently_when_every_checkpoint_is_torn(tmp_path):
+    make_checkpoint(tmp_path, 4, finished=False)
+    with pytest.raises(UserError, match="none of them complete"):
+        choose_checkpoint(tmp_path, "auto")
+
+
+def test_never_ignores_what_is_there(tmp_path):
+    make_checkpoint(tmp_path, 4)
+    assert choose_checkpoint(tmp_path, "never") is None
+
+
+def test_named_checkpoint_must_exist_and_be_complete(tmp_path):
+    torn = make_checkpoint(tmp_path, 4, finished=False)
+    with pytest.raises(UserError, match="no such folder"):
+        choose_checkpoint(tmp_path, str(tmp_path / "checkpoint-5"))
+    with pytest.raises(UserError, match="interrupted"):
+        choose_checkpoint(tmp_path, str(torn))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"world_size": 4}, "saved by 2 rank"),
+        ({"zero_stage": 3}, "ZeRO stage 2"),
+        ({"trainable": {"projector.weight": (3, 5)}}, "projector.weight"),
+        ({"trainable": {}}, "trains other parameters"),
+    ],
+)
+def test_state_of_another_run_is_refused(tmp_path, change, message):
+    folder = make_checkpoint(tmp_path, 4)
+    with pytest.raises(UserError, match=message):
+        check_same_run(folder, read_facts(folder), dataclasses.replace(FACTS, **change))
+    check_same_run(folder, read_facts(folder), dataclasses.replace(FACTS, global_step=0))
+
+
+def test_old_checkpoints_go_and_complete_ones_stay(tmp_path):
+    for step in (2, 4, 6):
+        make_checkpoint(tmp_path, step)
+    make_checkpoint(tmp_path, 5, finished=False)
+    make_checkpoint(tmp_path, 8, finished=False)
+    removed = remove_old_checkpoints(tmp_path, keep=2)
+    assert names(removed) == ["checkpoint-5", "checkpoint-2"]
+    # checkpoint-8 is newer than any complete one: another process may be writing it.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
+
+
+def test_without_a_limit_every_complete_checkpoint_stays(tmp_path):
+    for step in (2, 4):
+        make_checkpoint(tmp_path, step)
+    assert remove_old_checkpoints(tmp_path, keep=None) == []
+
+
+def test_earlier_runs_checkpoints_are_moved_out_of_the_way(tmp_path):
+    make_checkpoint(tmp_path, 100)
+    assert set_aside(tmp_path) == tmp_path / "earlier_run_1"
+    assert (tmp_path / "earlier_run_1" / "checkpoint-100" / MANIFEST_NAME).is_file()
+    assert choose_checkpoint(tmp_path, "auto") is None
+    assert set_aside(tmp_path) is None
+
+
+def test_published_model_appears_config_last(tmp_path, monkeypatch):
+    staging = tmp_path / "out" / ".saving"
+    (staging / "sub").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "sub/more.json"):
+        (staging / name).write_text(name)
+    (tmp_path / "out" / "config.json").write_text("old")
+    moved = []
+    import os
+
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda source, target: (moved.append(target.name), replace(source, target)))
+    publish(staging, tmp_path / "out")
+    assert moved[-1] == "config.json" and len(moved) == 4
+    assert (tmp_path / "out" / "config.json").read_text() == "config.json"
+    assert not staging.exists()

@@ -1,0 +1,63 @@
+"""The shipped DeepSpeed files say what their names say, and leave to the command line what belongs there."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llava_saep.errors import UserError
+from llava_saep.train.run import find_deepspeed_config
+
+FOLDER = Path(__file__).resolve().parents[3] / "deepspeed_configs"
+STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero2_offload": 2, "zero3_offload": 3}
+
+
+def read(name):
+    return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+def test_every_file_is_listed_here():
+    assert {path.stem for path in FOLDER.glob("*.json")} == set(STAGES)
+
+
+@pytest.mark.parametrize(("name", "stage"), STAGES.items())
+def test_name_says_stage_and_offload(name, stage):
+    zero = read(name)["zero_optimization"]
+    assert zero["stage"] == stage
+    assert ("offload_optimizer" in zero) == name.endswith("_offload")
+    assert ("offload_param" in zero) == (name == "zero3_offload")  # only stage 3 can offload parameters
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_batch_precision_and_clipping_come_from_the_flags(name):
+    config = read(name)
+    for key in ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps"):
+        assert config[key] == "auto"
+    assert config["gradient_clipping"] == config["bf16"]["enabled"] == config["fp16"]["enabled"] == "auto"
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_no_file_names_an_optimizer(name):
+    """DeepSpeed would compile FusedAdam for it, for minutes; the Trainer brings the optimizer."""
+    assert not {"optimizer", "scheduler"} & read(name).keys()
+
+
+@pytest.mark.parametrize("name", ["zero3", "zero3_offload"])
+def test_zero3_gathers_weights_when_it_saves(name):
+    assert read(name)["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
+
+
+def test_llavas_path_finds_our_file_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_deepspeed_config("./scripts/zero3_offload.json") == FOLDER / "zero3_offload.json"
+
+
+def test_unknown_file_is_named():
+    with pytest.raises(UserError, match="zero9.json: no such file"):
+        find_deepspeed_config("scripts/zero9.json")
+
+
+def test_broken_json_is_named(tmp_path):
+    (tmp_path / "mine.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        find_deepspeed_config(str(tmp_path / "mine.json"))
