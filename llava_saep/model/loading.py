@@ -134,7 +134,7 @@ def build_tokenizer(language_model: str):
 def make_config(
     *, language_model: str, vision_tower: str, projector: ProjectorSelection, image_token_id: int
 ) -> LlavaSaepConfig:
-    """Compose the model's config from its parts'; the vision layers that the projector reads are written down.
+    """Compose the model's config from its parts'; every option of the projector is written down, given or default.
 
     Raises:
         UserError, ProjectorError: a part cannot be read, or the projector cannot work between them.
@@ -147,14 +147,12 @@ def make_config(
         text_hidden_size=text_config.hidden_size,
         num_vision_layers=vision_config.num_hidden_layers,
     )
-    stored = projector.to_dict()
-    stored["options"] = {**stored["options"], "vision_layers": list(projector_config.vision_layers)}
-    with trusting_projector_code():  # the user named this projector
-        remember_selection(selection_from_config(stored))
+    projector = projector.completed(projector_config)
+    remember_selection(projector)  # the user named it
     config = LlavaSaepConfig(
         vision_config=vision_config,
         text_config=text_config,
-        projector=stored,
+        projector=projector.to_dict(),
         image_token_index=image_token_id,
         vision_tower_name_or_path=vision_tower,
         language_model_name_or_path=language_model,
@@ -225,11 +223,9 @@ def _composed_parts(
         logger.warning(
             "%s holds a %s projector; a fresh %s takes its place", folder, config.projector["name"], projector.name
         )
-        stored = projector.to_dict()
-        stored["options"] = {**stored["options"], "vision_layers": list(wanted.vision_layers)}
-        with trusting_projector_code():
-            remember_selection(selection_from_config(stored))
-        config.projector = stored
+        projector = projector.completed(wanted)
+        remember_selection(projector)
+        config.projector = projector.to_dict()
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(PROJECTOR_PREFIX)}
     return config, weights
 

@@ -18,7 +18,7 @@ from llava_saep.errors import UserError
 from llava_saep.model.configuration_llava_saep import LlavaSaepConfig
 from llava_saep.model.projector_selection import selection_from_config
 from llava_saep.model.vision_tower import read_patch_features
-from projectors import Projector, initialize_projector
+from projectors import Projector
 
 
 class LlavaSaepPreTrainedModel(LlavaPreTrainedModel):
@@ -31,7 +31,7 @@ class LlavaSaepPreTrainedModel(LlavaPreTrainedModel):
         # module without parameters of its own. A projector knows how it starts; children come before their parent
         # here, so it has the last word, and its `reset_parameters` leaves alone what a checkpoint has filled.
         if isinstance(module, Projector):
-            initialize_projector(module)
+            module.reset_parameters()
         else:
             super()._initialize_weights(module, is_custom_code)
 
