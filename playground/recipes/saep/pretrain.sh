@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Stage 1 with SAEP: the projector alone learns from captions. LLaVA-1.5's hyper-parameters, for 8 GPUs (batch 256).
+# Not yet run at this scale: the values are LLaVA's, the paper's abstract names none of its own.
+set -euo pipefail
+
+LANGUAGE_MODEL=${LANGUAGE_MODEL:-lmsys/vicuna-7b-v1.5}
+OUTPUT_DIR=${OUTPUT_DIR:-./checkpoints/saep-7b-pretrain}
+
+deepspeed llava_saep/train/train_mem.py \
+    --deepspeed deepspeed_configs/zero2.json \
+    --model_name_or_path "$LANGUAGE_MODEL" \
+    --version plain \
+    --data_path ./playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json \
+    --image_folder ./playground/data/LLaVA-Pretrain/images \
+    --vision_tower openai/clip-vit-large-patch14-336 \
+    --mm_projector_type saep \
+    --tune_mm_mlp_adapter True \
+    --bf16 True \
+    --tf32 True \
+    --output_dir "$OUTPUT_DIR" \
+    --num_train_epochs 1 \
+    --per_device_train_batch_size 32 \
+    --gradient_accumulation_steps 1 \
+    --learning_rate 1e-3 \
+    --weight_decay 0. \
+    --warmup_steps 0.03 \
+    --lr_scheduler_type cosine \
+    --model_max_length 2048 \
+    --gradient_checkpointing True \
+    --dataloader_num_workers 4 \
+    --save_strategy steps \
+    --save_steps 500 \
+    --save_total_limit 1 \
+    --logging_steps 1 \
+    --report_to none \
+    "$@"
