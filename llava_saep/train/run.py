@@ -138,11 +138,9 @@ def start(config: TrainingConfig) -> TrainingArguments:
         timeout_seconds=fitted.get("ddp_timeout", 1800),
     )
     try:
-        arguments = TrainingArguments(output_dir=config.output_dir, **fitted)
+        return TrainingArguments(output_dir=config.output_dir, **fitted)
     except ValueError as error:
         raise UserError(f"transformers refuses the training arguments: {error}") from error
-    transformers.set_seed(arguments.seed)
-    return arguments
 
 
 def _deepspeed_dict(value: str | dict[str, Any]) -> dict[str, Any]:
@@ -265,6 +263,7 @@ def load_weights(model: ModelConfig, model_config: LlavaSaepConfig, arguments: T
         UserError, ProjectorError: weights are missing, unreadable or misshapen.
     """
     dtype = weights_dtype(arguments)
+    transformers.set_seed(arguments.seed)  # decides how a fresh projector starts
     built = build_model(
         language_model=model.language_model,
         vision_tower=model.vision_tower,

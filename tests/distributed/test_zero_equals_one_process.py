@@ -27,9 +27,7 @@ def alone(bases, conversations, tmp_path_factory):
     @functools.cache
     def run(kind: str, batch_size: int):
         output_dir = tmp_path_factory.mktemp(f"alone_{kind}")
-        flags = training_flags(
-            bases, conversations, output_dir, per_device_train_batch_size=batch_size, **KINDS[kind]
-        )
+        flags = training_flags(bases, conversations, output_dir, per_device_train_batch_size=batch_size, **KINDS[kind])
         train_on_ranks(flags, world_size=1, output_dir=output_dir)
         return logged(output_dir, "loss"), logged(output_dir, "grad_norm")
 
