@@ -1,0 +1,81 @@
+"""`llava-saep eval`, with a model that knows its answers: files, table and mistakes."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from llava_saep import generation
+from llava_saep.cli import main
+
+
+class Oracle:
+    """Answers rightly when it sees the image, and always "no" when it does not."""
+
+    def generate(self, conversations, options):
+        assert options.temperature == 0
+        return ["so yes" if messages[0]["content"][0]["type"] == "image" else "no" for messages in conversations]
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """A model folder and a question file with its images; loading the model gives the oracle."""
+    monkeypatch.setattr(generation.Predictor, "from_pretrained", lambda folder, **kwargs: Oracle())
+    (tmp_path / "model").mkdir()
+    (tmp_path / "held_out" / "images").mkdir(parents=True)
+    lines = []
+    for index, answer in enumerate(["yes", "yes", "yes", "no"]):
+        Image.new("RGB", (2, 2)).save(tmp_path / "held_out" / "images" / f"{index}.png")
+        question = {"question_id": index, "image": f"{index}.png", "text": "Is it?", "category": "existence"}
+        lines.append(json.dumps({**question, "answer": answer}))
+    (tmp_path / "held_out" / "questions.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def flags(folders, *extra):
+    question_file = folders / "held_out" / "questions.jsonl"
+    return ["eval", "--model_path", str(folders / "model"), "--question_file", str(question_file), *extra]
+
+
+def test_images_beside_the_question_file_are_found_and_both_runs_scored(folders, capsys):
+    assert main(flags(folders, "--blind")) == 0
+    written = folders / "model" / "evaluation"
+    report = json.loads((written / "report.json").read_text())
+    assert report["with_image"]["overall"]["num_correct"] == 3
+    assert report["blind"]["overall"]["num_correct"] == 1
+    assert report["with_image"]["existence"]["chance"] == 0.75
+    assert sorted(path.name for path in written.iterdir()) == [
+        "answers.jsonl",
+        "answers_blind.jsonl",
+        "report.json",
+        "report.md",
+    ]
+    last_row = capsys.readouterr().out.split("overall")[-1]
+    assert "75.0 %" in last_row and "25.0 %" in last_row
+
+
+def test_without_blind_only_the_images_are_asked_about(folders):
+    assert main(flags(folders)) == 0
+    assert not (folders / "model" / "evaluation" / "answers_blind.jsonl").exists()
+    assert json.loads((folders / "model" / "evaluation" / "report.json").read_text())["blind"] == {}
+
+
+def test_questions_without_answers_are_answered_and_not_scored(folders, capsys):
+    (folders / "held_out" / "questions.jsonl").write_text('{"question_id": 1, "image": "0.png", "text": "What?"}')
+    assert main(flags(folders)) == 0
+    assert "no `answer` fields" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--model_path", "absent"], "absent: no such folder"),
+        (["--question_file", "absent.jsonl"], "absent.jsonl: no such file"),
+        (["--image_folder", "absent"], "4 images of the question file are missing"),
+        (["--batch_size", "0"], "--batch_size must be at least 1"),
+    ],
+)
+def test_mistakes_exit_with_2_and_write_nothing(folders, capsys, extra, message):
+    assert main(flags(folders, *extra)) == 2
+    assert message in capsys.readouterr().err
+    assert not (folders / "model" / "evaluation").exists()
