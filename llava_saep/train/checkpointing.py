@@ -35,12 +35,14 @@ class CheckpointFacts:
         world_size: ranks whose optimizer shards lie in the checkpoint.
         zero_stage: DeepSpeed's stage; None without DeepSpeed.
         trainable: shape of each parameter that learns, by name.
+        is_resumable: False: weights alone were saved (`--save_only_model True`).
     """
 
     global_step: int
     world_size: int
     zero_stage: int | None
     trainable: Mapping[str, tuple[int, ...]]
+    is_resumable: bool = True
 
 
 def _sha256(path: Path) -> str:
@@ -67,6 +69,7 @@ def write_manifest(folder: Path, facts: CheckpointFacts) -> Path:
         "world_size": facts.world_size,
         "zero_stage": facts.zero_stage,
         "trainable": {name: list(shape) for name, shape in facts.trainable.items()},
+        "is_resumable": facts.is_resumable,
         "files": files,
     }
     partial = folder / f"{MANIFEST_NAME}.partial"
@@ -100,17 +103,20 @@ def read_facts(folder: Path) -> CheckpointFacts:
         world_size=manifest["world_size"],
         zero_stage=manifest["zero_stage"],
         trainable={name: tuple(shape) for name, shape in manifest["trainable"].items()},
+        is_resumable=manifest["is_resumable"],
     )
 
 
 def why_incomplete(folder: Path) -> str | None:
-    """Say what is wrong with a checkpoint; None if every file is there, in full.
+    """Say why a checkpoint cannot be resumed from; None if every file is there, in full.
 
     A missing or short file is found at once; a file of the right size is read to compare its checksum.
     """
     manifest = _read_manifest(folder)
     if manifest is None:
         return f"it has no readable {MANIFEST_NAME}, so saving it was interrupted"
+    if not manifest["is_resumable"]:
+        return "it holds weights alone (--save_only_model True), without optimizer state"
     for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():

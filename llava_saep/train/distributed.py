@@ -135,6 +135,7 @@ def fit_to_device(
         reporters = [name for name in reporters if name not in missing]
     fitted["report_to"] = reporters or "none"
     fitted.setdefault("log_level_replica", "error")
+    fitted.setdefault("logging_nan_inf_filter", False)  # the library would log the mean of earlier losses for a NaN
     return fitted, notes
 
 
@@ -170,10 +171,12 @@ def start_process_group(*, uses_deepspeed: bool, on_accelerator: bool, timeout_s
     With DeepSpeed on CPU, ZeRO-3's zero.Init asks deepspeed.comm for the world size before any engine exists, and
     transformers initialises torch.distributed alone there. Everywhere else transformers does it.
     """
-    if not uses_deepspeed or on_accelerator:
+    if not uses_deepspeed:
+        return
+    _describe_lone_process()
+    if on_accelerator:
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    _describe_lone_process()
     import deepspeed
 
     if os.environ.get(COMPILE_ALL_REDUCE_VARIABLE) == "1":

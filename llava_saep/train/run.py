@@ -138,9 +138,15 @@ def start(config: TrainingConfig) -> TrainingArguments:
         timeout_seconds=fitted.get("ddp_timeout", 1800),
     )
     try:
-        return TrainingArguments(output_dir=config.output_dir, **fitted)
+        arguments = TrainingArguments(output_dir=config.output_dir, **fitted)
     except ValueError as error:
         raise UserError(f"transformers refuses the training arguments: {error}") from error
+    if arguments.n_gpu > 1:
+        raise UserError(
+            f"one process sees {arguments.n_gpu} GPUs; start one per GPU (deepspeed --num_gpus {arguments.n_gpu} ...), "
+            "or show it a single one (CUDA_VISIBLE_DEVICES=0)"
+        )
+    return arguments
 
 
 def _deepspeed_dict(value: str | dict[str, Any]) -> dict[str, Any]:

@@ -127,6 +127,7 @@ class LlavaTrainer(Trainer):
                 for name, parameter in self.model.named_parameters()
                 if parameter.requires_grad
             },
+            is_resumable=not self.args.save_only_model,
         )
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:

@@ -67,6 +67,12 @@ def test_damage_after_saving_is_found_and_named(tmp_path, damage, reason):
     assert reason in why_incomplete(folder)
 
 
+def test_checkpoint_of_weights_alone_is_not_resumed_from(tmp_path):
+    folder = make_checkpoint(tmp_path, 4)
+    write_manifest(folder, dataclasses.replace(FACTS, is_resumable=False))
+    assert "--save_only_model" in why_incomplete(folder)
+
+
 def test_newest_is_by_number_not_by_name(tmp_path):
     for step in (9, 10, 100):
         make_checkpoint(tmp_path, step)
