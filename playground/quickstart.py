@@ -7,17 +7,16 @@ data, the vision tower and the language model are small (playground/spatial_scen
 import argparse
 import json
 import os
-import shlex
 import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from llava_saep.errors import UserError
+from playground.display import format_seconds, heading, shown_command, shown_path, step
 from projectors import ProjectorError
 
 ROOT = Path(__file__).parents[1]
@@ -175,12 +174,12 @@ def plan_job(arguments: argparse.Namespace) -> Job:
         or settings.projector_options.get(arguments.mm_projector_type, ""),
         world=arguments.world,
         seed=arguments.seed,
-        data_dir=arguments.data_dir or runs / "data" / data_label,
-        output_dir=arguments.output_dir or runs / "quickstart" / label,
+        data_dir=(arguments.data_dir or runs / "data" / data_label).absolute(),
+        output_dir=(arguments.output_dir or runs / "quickstart" / label).absolute(),
         vision_tower=arguments.vision_tower,
         language_model=arguments.model_name_or_path,
         num_processes=arguments.num_processes or num_gpus or 2,
-        deepspeed_config=arguments.deepspeed,
+        deepspeed_config=arguments.deepspeed.absolute(),
         on_gpu=num_gpus > 0,
     )
     check_job(job, num_gpus)
@@ -361,22 +360,6 @@ def evaluate(job: Job):
 # What is shown
 
 
-def heading(text: str) -> None:
-    """Print the title of a step, in bold on a terminal."""
-    bold, plain = ("\x1b[1m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
-    print(f"\n{bold}{text}{plain}\n{'-' * len(text)}", flush=True)
-
-
-@contextmanager
-def step(title: str, seconds: dict[str, float], name: str):
-    """Print a title, run the body, and note and print how long it took."""
-    heading(title)
-    start = time.monotonic()
-    yield
-    seconds[name] = time.monotonic() - start
-    print(f"[{name}: {format_seconds(seconds[name])}]", flush=True)
-
-
 def describe_job(job: Job) -> str:
     """What will happen, in one sentence."""
     device = "GPU, NCCL, bf16" if job.on_gpu else "CPU, gloo, fp32"
@@ -453,22 +436,6 @@ def job_facts(job: Job) -> dict[str, Any]:
 def describe(facts: Mapping[str, Any]) -> str:
     """`{"world": "cells", "seed": 0}` -> `world cells, seed 0`."""
     return ", ".join(f"{name} {value}" for name, value in facts.items())
-
-
-def format_seconds(seconds: float) -> str:
-    """`75.2` -> `1 min 15 s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def shown_command(words: Sequence[str]) -> str:
-    """A command line as one would type it in the working folder."""
-    return shlex.join(str(shown_path(Path(word))) if word.startswith("/") else word for word in words)
-
-
-def shown_path(path: Path) -> Path:
-    """A path as it is shortest from the working folder."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ from PIL import Image
 
 from llava_saep.arguments import parse_arguments
 from playground import quickstart
+from playground.display import format_seconds
 from playground.terminal_image import image_to_text
 from tests.fixtures.tiny import write_bases
 
@@ -133,4 +134,4 @@ def test_picture_in_letters_keeps_its_proportions():
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (75.2, "1 min 15 s")])
 def test_times_read_like_times(seconds, text):
-    assert quickstart.format_seconds(seconds) == text
+    assert format_seconds(seconds) == text
