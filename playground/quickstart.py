@@ -354,6 +354,7 @@ def evaluate(job: Job):
         batch_size=job.settings.evaluation_batch_size,
         max_new_tokens=job.settings.max_new_tokens,
         chance={category: baseline["constant"] for category, baseline in chance.items()},
+        trust_projector_code=True,  # whoever runs the quick start has named the projector
     )
 
 
@@ -405,10 +406,11 @@ def show_next_steps(job: Job) -> None:
     program = shown_path(Path(sys.executable).parent / "llava-saep")
     image = shown_path(job.data_dir / "held_out" / "images" / "000000.png")
     model = shown_path(job.output_dir / "stage2")
+    trust = " --trust_projector_code" if ":" in job.projector else ""
     other = "mlp2x_gelu" if job.projector == "saep" else "saep"
     print(
         f"\nThe model is in {model}, answers and reports in {shown_path(job.output_dir / 'evaluation')}.\n"
-        f"\ntalk to it:          {program} chat --model_path {model} --image_file {image}"
+        f"\ntalk to it:          {program} chat --model_path {model} --image_file {image}{trust}"
         f"\nanother projector:   ./quickstart.sh --mm_projector_type {other}"
         f"\nwhich there are:     {program} projectors"
         f"\na harder world:      ./quickstart.sh --world free"
