@@ -24,7 +24,7 @@ from transformers import HfArgumentParser
 from llava_saep.data.templates import TEMPLATE_NAMES, conversation_template
 from llava_saep.errors import UserError
 from llava_saep.train.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainablePart, TrainingConfig
-from projectors import ProjectorSelection, parse_projector_options, select_projector
+from projectors import ProjectorSelection, parse_projector_options, registered_projectors, select_projector
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +47,7 @@ class ModelArguments:
         default="v0", metadata={"help": f"conversation template: v0 (trains as v1) or {', '.join(TEMPLATE_NAMES)}"}
     )
     vision_tower: str | None = field(default=None, metadata={"help": "vision tower (folder or hub name)"})
-    mm_projector_type: str | None = field(
-        default=None,
-        metadata={
-            "help": "projector by name (see `llava-saep projectors`) or package.module:Class; "
-            f"None: {DEFAULT_PROJECTOR}, or the one of a saved model"
-        },
-    )
+    mm_projector_type: str | None = field(default=None, metadata={"help": "projector by name"})
     mm_projector_options: str | None = field(
         default=None, metadata={"help": "options of the projector: '{\"stride\": 3}' or stride=3,kernel_size=7"}
     )
@@ -245,11 +239,18 @@ class _Parser(HfArgumentParser):
 
 @functools.cache
 def _parser() -> _Parser:
-    return _Parser(
+    parser = _Parser(
         [ModelArguments, DataArguments, TrainingArguments],
         prog="llava-saep train",
         description="Train a LLaVA with any registered projector. The flags are LLaVA's and transformers'.",
     )
+    (action,) = (action for action in parser._actions if action.dest == "mm_projector_type")
+    # Listed here and not in the dataclass, since importing this module must not import every projector.
+    action.help = (
+        f"projector: {', '.join(registered_projectors())}, or package.module:Class; None: {DEFAULT_PROJECTOR}, or the "
+        "one of a saved model"
+    )
+    return parser
 
 
 def _flag_names() -> list[str]:

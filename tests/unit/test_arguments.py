@@ -7,7 +7,7 @@ import pytest
 from llava_saep.arguments import own_flags, parse_arguments, translate_removed_flags
 from llava_saep.errors import UserError
 from llava_saep.train.config import LoraConfig
-from projectors import ProjectorError
+from projectors import ProjectorError, registered_projectors
 
 REQUIRED = "--model_name_or_path lm --vision_tower tower --data_path data.json --output_dir out".split()
 
@@ -106,6 +106,14 @@ def test_own_flags_change_only_on_purpose():
         "remove_unused_columns report_to resume trust_projector_code tune_mm_mlp_adapter unfreeze_mm_vision_tower "
         "version vision_tower"
     )
+
+
+def test_help_lists_every_registered_projector(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments(["--help"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in registered_projectors())
 
 
 def test_every_flag_of_llava_parses():
