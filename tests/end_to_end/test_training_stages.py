@@ -195,21 +195,45 @@ def test_adapter_on_a_saved_model_is_completed_from_that_model(bases, conversati
     assert changed_parts(load_model(first), load_model(second)) == set()
 
 
-def test_order_of_samples_differs_between_epochs_and_groups_by_modality(bases, conversations, tmp_path):
+def train_and_record_order(argv: list[str], path: Path) -> int:
+    """Write the index of each sample that is read to a file, one per line."""
+    get = ConversationDataset.__getitem__
+
+    def get_and_record(self, index):
+        with path.open("a") as file:
+            file.write(f"{index}\n")
+        return get(self, index)
+
+    ConversationDataset.__getitem__ = get_and_record
+    return run_training(argv)
+
+
+def shuffled(argv: list[str]) -> list[str]:
+    at = argv.index("--train_sampling_strategy")
+    return argv[:at] + argv[at + 2 :]
+
+
+def test_samples_are_grouped_by_modality_anew_in_each_epoch(bases, conversations, tmp_path):
     argv = training_flags(
         bases,
         conversations,
-        tmp_path,
-        learning_rate=0.0,
+        tmp_path / "out",
         group_by_modality_length=True,
         per_device_train_batch_size=2,
         max_steps=12,
     )
-    at = argv.index("--train_sampling_strategy")
-    del argv[at : at + 2]
-    train_on_ranks(argv, world_size=1, output_dir=tmp_path)
-    losses = logged(tmp_path, "loss")
-    assert losses[:6] != losses[6:]
+    order = tmp_path / "order.txt"
+    (result,) = run_ranks(train_and_record_order, shuffled(argv), order, world_size=1, output_dir=tmp_path / "ranks")
+    assert result.exit_code == 0, result.output[-4000:]
+    seen = [int(line) for line in order.read_text().split()]
+    epochs = [seen[:12], seen[12:]]
+    assert epochs[0] != epochs[1]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(12))
+        is_text_only = [(index + 1) % 3 == 0 for index in epoch]
+        # Three of four pairs with images, one of two without; LLaVA puts the last pair of each kind at the end.
+        assert [is_text_only[at] == is_text_only[at + 1] for at in (0, 2, 4, 6)] == [True] * 4
+        assert epoch[8:] == sorted(epoch[8:])
 
 
 # Resuming
@@ -244,9 +268,18 @@ def test_resumed_run_equals_one_without_a_break(kind, stage, bases, conversation
     if kind == "lora":
         flags["lora_dropout"] = 0.1  # random numbers take part
     deepspeed = {"deepspeed": deepspeed_json(stage)} if stage else {}
-    argv = training_flags(bases, conversations, whole, **flags, **deepspeed, save_strategy="steps", save_steps=2)
-    at = argv.index("--train_sampling_strategy")
-    del argv[at : at + 2]  # shuffled
+    argv = training_flags(
+        bases,
+        conversations,
+        whole,
+        **flags,
+        **deepspeed,
+        per_device_train_batch_size=2,  # 12 samples: step 2 is in the middle of an epoch
+        save_strategy="steps",
+        save_steps=2,
+        group_by_modality_length=kind == "full",
+    )
+    argv = shuffled(argv)
     world_size = 2 if stage else 1
     train_on_ranks(argv, world_size=world_size, output_dir=whole)
     assert why_incomplete(whole / "checkpoint-2") is None
