@@ -333,6 +333,8 @@ def make_trainer(
         image_size=dataset.image_size,
         max_length=config.data.max_length,
     )
+    for target in (model.config.get_text_config(), model.generation_config):
+        target.pad_token_id = processor.tokenizer.pad_token_id  # the Trainer would, with a warning
     return LlavaTrainer(
         config=config.training,
         model=model,

@@ -14,7 +14,7 @@ from llava_saep.data.dataset import ConversationDataset
 from llava_saep.data.templates import conversation_template
 from llava_saep.model.loading import build_model, build_tokenizer, load_model, load_processor
 from llava_saep.train.checkpointing import MANIFEST_NAME, why_incomplete
-from projectors import select_projector
+from projectors import ProjectorError, select_projector
 from tests.fixtures.ranks import run_ranks, run_training, train_on_ranks
 from tests.fixtures.tiny import TinyBases, TinyData, write_bases, write_data
 from tests.fixtures.training import deepspeed_json, logged, training_flags
@@ -234,6 +234,24 @@ def test_samples_are_grouped_by_modality_anew_in_each_epoch(bases, conversations
         # Three of four pairs with images, one of two without; LLaVA puts the last pair of each kind at the end.
         assert [is_text_only[at] == is_text_only[at + 1] for at in (0, 2, 4, 6)] == [True] * 4
         assert epoch[8:] == sorted(epoch[8:])
+
+
+def test_users_own_projector_trains_under_zero3_and_loads_only_when_trusted(bases, captions, tmp_path):
+    example = Path(__file__).resolve().parents[2] / "playground" / "examples" / "blur_projector.py"
+    argv = training_flags(
+        bases,
+        captions,
+        tmp_path,
+        version="plain",
+        mm_projector_type=f"{example}:BlurProjector",
+        tune_mm_mlp_adapter=True,
+        deepspeed=deepspeed_json(3),
+        per_device_train_batch_size=2,
+    )
+    train_on_ranks(argv, world_size=2, output_dir=tmp_path)
+    with pytest.raises(ProjectorError, match="trust_projector_code"):
+        load_model(tmp_path)
+    assert type(load_model(tmp_path, trust_projector_code=True).model.multi_modal_projector).__name__ == "BlurProjector"
 
 
 # Resuming
