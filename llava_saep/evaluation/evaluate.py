@@ -3,13 +3,14 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from llava_saep.errors import UserError
 from llava_saep.evaluation.metrics import Score, score_answers
 from llava_saep.evaluation.questions import Question
 from llava_saep.evaluation.report import json_report, markdown_table, report_rows
-from llava_saep.evaluation.runner import GenerateBatch, answer_questions, model_fingerprint
+from llava_saep.evaluation.runner import answer_questions, model_fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,26 +46,23 @@ def evaluate_model(
     from llava_saep.generation import GenerationOptions, Predictor
 
     predictor = Predictor.from_pretrained(model_path, device=device, trust_projector_code=trust_projector_code)
-    options = GenerationOptions(max_new_tokens=max_new_tokens)
-    generate: GenerateBatch = lambda conversations: predictor.generate(conversations, options)  # noqa: E731
-    fingerprint = f"{model_fingerprint(model_path)}-{max_new_tokens}"
-
-    def answers_of(is_blind: bool) -> dict[str | int, str]:
-        return answer_questions(
-            questions,
-            generate,
-            image_folder=image_folder,
-            answers_path=output_dir / ("answers_blind.jsonl" if is_blind else "answers.jsonl"),
-            model_id=model_path.name,
-            fingerprint=fingerprint,
-            batch_size=batch_size,
-            blind=is_blind,
-            description="without images" if is_blind else "with images",
-        )
-
-    answers = answers_of(is_blind=False)
+    answer = partial(
+        answer_questions,
+        questions,
+        partial(predictor.generate, options=GenerationOptions(max_new_tokens=max_new_tokens)),
+        image_folder=image_folder,
+        model_id=model_path.name,
+        # Another limit gives other answers, so it is part of what made them.
+        fingerprint=f"{model_fingerprint(model_path)}-{max_new_tokens}",
+        batch_size=batch_size,
+    )
+    answers = answer(answers_path=output_dir / "answers.jsonl", description="with images")
     scores = score_answers(questions, answers, chance)
-    blind_scores = score_answers(questions, answers_of(is_blind=True), chance) if blind else []
+    blind_scores: list[Score] = []
+    if blind:
+        blind_path = output_dir / "answers_blind.jsonl"
+        blind_answers = answer(answers_path=blind_path, blind=True, description="without images")
+        blind_scores = score_answers(questions, blind_answers, chance)
     _write_reports(output_dir, model_path.name, scores, blind_scores)
     return Evaluation(
         questions=tuple(questions), answers=answers, scores=tuple(scores), blind_scores=tuple(blind_scores)
