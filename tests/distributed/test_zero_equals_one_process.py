@@ -63,7 +63,7 @@ def test_training_parts_of_the_model_equals_one_process(kind, alone, bases, conv
     check_equal_to_alone(alone, bases, conversations, tmp_path, kind=kind, stage=2, batch_size=2)
 
 
-@pytest.mark.parametrize("kind", ["projector", "lora"])
+@pytest.mark.parametrize("kind", [pytest.param("projector", marks=pytest.mark.slow), "lora"])
 def test_training_parts_of_a_split_model_equals_one_process(kind, alone, bases, conversations, tmp_path):
     check_equal_to_alone(alone, bases, conversations, tmp_path, kind=kind, stage=3, batch_size=2)
 

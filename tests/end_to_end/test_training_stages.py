@@ -272,9 +272,9 @@ def resume_from_copy(argv, finished: Path, step: int, output_dir: Path, world_si
     ("kind", "stage"),
     [
         ("full", None),
-        ("projector", 2),
         ("full", 2),
         ("lora", 3),
+        pytest.param("projector", 2, marks=pytest.mark.slow),
         pytest.param("lora", None, marks=pytest.mark.slow),
         pytest.param("full", 3, marks=pytest.mark.slow),
     ],
