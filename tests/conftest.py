@@ -1,8 +1,26 @@
-"""What every test starts from: no network, one thread per process, no accelerator looked for in vain."""
+"""What every test starts from: no network, one thread per process; and what tests of several folders share."""
 
 import os
+import sys
 
 # Before torch and transformers are imported, which read them once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+from projectors import _registry, registered_projectors
+
+
+@pytest.fixture
+def own_projectors(monkeypatch):
+    """Lets a test register projectors of its own that are forgotten afterwards."""
+    registered_projectors()
+    monkeypatch.setattr(_registry, "_specs", dict(_registry._specs))
+    monkeypatch.setattr(_registry, "_aliases", dict(_registry._aliases))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if name.startswith("projector_file_"):
+            del sys.modules[name]
