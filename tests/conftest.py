@@ -1,4 +1,4 @@
-"""What every test starts from: no network, one thread per process; and what tests of several folders share."""
+"""What every test starts from: no network, one thread per process, and only the projectors of this repository."""
 
 import os
 import sys
@@ -13,9 +13,9 @@ import pytest
 from projectors import _registry, registered_projectors
 
 
-@pytest.fixture
-def own_projectors(monkeypatch):
-    """Lets a test register projectors of its own that are forgotten afterwards."""
+@pytest.fixture(autouse=True)
+def forget_own_projectors(monkeypatch):
+    """A projector that a test registers is gone afterwards, so that no other test meets it."""
     registered_projectors()
     monkeypatch.setattr(_registry, "_specs", dict(_registry._specs))
     monkeypatch.setattr(_registry, "_aliases", dict(_registry._aliases))

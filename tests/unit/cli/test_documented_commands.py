@@ -78,20 +78,17 @@ def test_readme_shows_the_example_projector_as_it_is():
     assert EXAMPLE.read_text(encoding="utf-8") in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.usefixtures("own_projectors")
 @pytest.mark.parametrize("check", CHECK_NAMES)
 def test_example_projector_keeps_the_contract(check):
     report = check_projector(f"{EXAMPLE}:BlurProjector", checks=[check], trust_projector_code=True)
     report.raise_if_failed()
 
 
-@pytest.mark.usefixtures("own_projectors")
 def test_projectors_check_prints_the_report_and_exits_with_0(capsys):
     assert main(["projectors", "check", f"{EXAMPLE}:BlurProjector"]) == 0
     assert "blur: " in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("own_projectors")
 def test_projector_that_breaks_the_contract_exits_with_1(tmp_path, capsys):
     broken = EXAMPLE.read_text().replace("return grid.num_patches", "return grid.num_patches + 1")
     (tmp_path / "wrong.py").write_text(broken)
