@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,20 @@ SETTINGS_FILE = "quickstart.json"
 DATASET_FILE = "dataset.json"
 
 
+SMALL_PROJECTORS = {
+    "avg_pool": "num_queries=9",
+    "c_abstractor": "num_queries=9,hidden_size=96,position_grid=6|6",
+    "qformer": "num_queries=9,hidden_size=96,num_hidden_layers=2,num_attention_heads=4,intermediate_size=384",
+}
+"""Options of the projectors whose defaults are made for towers of 24 x 24 patches; nine tokens, as many as SAEP's."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What the quick start trains, on how much, for how long. The flags change some of it, the rest is set here.
 
     Args:
         global_batch_size: samples of one step, over all processes.
-        projector_options: per projector, what differs from its defaults, which are made for large models.
     """
 
     num_train_images: int = 8000
@@ -47,7 +54,6 @@ class Settings:
     max_new_tokens: int = 48
     evaluation_batch_size: int = 100
     num_examples: int = 3
-    projector_options: Mapping[str, str] = field(default_factory=dict)
 
 
 SMOKE = Settings(
@@ -170,8 +176,7 @@ def plan_job(arguments: argparse.Namespace) -> Job:
     job = Job(
         settings=settings,
         projector=arguments.mm_projector_type,
-        projector_options=arguments.mm_projector_options
-        or settings.projector_options.get(arguments.mm_projector_type, ""),
+        projector_options=arguments.mm_projector_options or small_options(arguments.mm_projector_type),
         world=arguments.world,
         seed=arguments.seed,
         data_dir=(arguments.data_dir or runs / "data" / data_label).absolute(),
@@ -184,6 +189,17 @@ def plan_job(arguments: argparse.Namespace) -> Job:
     )
     check_job(job, num_gpus)
     return job
+
+
+def small_options(projector: str) -> str:
+    """Options that make a projector small enough here, where its defaults are not.
+
+    Raises:
+        ProjectorError: there is no such projector.
+    """
+    from projectors import select_projector
+
+    return SMALL_PROJECTORS.get(select_projector(projector, trust_projector_code=True).name, "")
 
 
 def check_job(job: Job, num_gpus: int) -> None:

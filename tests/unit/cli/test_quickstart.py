@@ -6,9 +6,11 @@ import pytest
 from PIL import Image
 
 from llava_saep.arguments import parse_arguments
+from llava_saep.commands.projectors import Sizes, describe_projector
 from playground import quickstart
 from playground.display import format_seconds
 from playground.terminal_image import image_to_text
+from projectors import PatchGrid, parse_projector_options
 from tests.fixtures.tiny import write_bases
 
 
@@ -44,6 +46,22 @@ def test_flags_of_both_stages_are_llavas_and_parse(plan, tmp_path):
     assert stage2.model.projector_weights.startswith(stage1.training.output_dir)
     assert stage1.model.projector.name == stage2.model.projector.name == "mlp"
     assert stage1.training.trainer_arguments["seed"] == 7
+
+
+@pytest.mark.parametrize("projector", ["avg_pool", "c_abstractor", "deco", "linear", "mlp2x_gelu", "qformer", "saep"])
+def test_offered_projectors_are_small_between_small_models(plan, projector):
+    job = plan("--mm_projector_type", projector)
+    sizes = Sizes(vision_hidden_size=96, text_hidden_size=128, grid=PatchGrid(6, 6), num_vision_layers=4)
+    row = describe_projector(projector, sizes, parse_projector_options(job.projector_options))
+    assert row.num_tokens in (9, 36)
+    assert row.num_parameters < 500_000
+
+
+def test_given_options_replace_the_small_ones(plan):
+    assert (
+        plan("--mm_projector_type", "deco", "--mm_projector_options", "num_queries=4").projector_options
+        == "num_queries=4"
+    )
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 4])
