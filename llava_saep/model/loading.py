@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -61,7 +62,7 @@ def read_config(path: str, flag: str) -> PreTrainedConfig:
     """
     try:
         return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         what = "folder has no readable config.json" if Path(path).is_dir() else "is no folder here, nor a hub model"
         raise UserError(f"{flag} {path!r} {what}: {str(error).splitlines()[0]}") from error
 
@@ -377,7 +378,10 @@ def inspect_folder(folder: str | Path) -> SavedFolder:
         raise UserError(f"{config_path} is not valid JSON: {error}") from error
     if model_type != LlavaSaepConfig.model_type:
         raise UserError(f"{config_path} describes a {model_type!r} model, expected {LlavaSaepConfig.model_type!r}")
-    config = LlavaSaepConfig.from_pretrained(path)
+    try:
+        config = LlavaSaepConfig.from_pretrained(path)
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"{config_path} is not a consistent config: {error}") from error
     if (path / "adapter_config.json").is_file():
         return SavedFolder(path, "lora", config)
     if any((path / name).is_file() for name in FULL_WEIGHTS_NAMES):

@@ -243,6 +243,16 @@ def test_folders_that_are_no_models_are_named(tmp_path, bases):
         load_model(tmp_path)
 
 
+def test_config_with_a_wrong_type_is_named(bases, tokenizer, tmp_path):
+    model = build(bases, tokenizer)
+    save_projector_weights(tmp_path, model.state_dict(), model.config)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["image_token_index"] = "many"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="config.json is not a consistent config"):
+        load_model(tmp_path)
+
+
 def test_missing_bases_are_named_with_their_flag(bases, tokenizer, tmp_path):
     with pytest.raises(UserError, match="--vision_tower"):
         make_config(
