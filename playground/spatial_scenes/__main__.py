@@ -1,4 +1,5 @@
 """Command line: `python -m playground.spatial_scenes --output DIR`."""
+
 from __future__ import annotations
 
 import argparse
@@ -9,18 +10,34 @@ from playground.spatial_scenes.writing import DEFAULT_QUESTIONS_PER_CONVERSATION
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m playground.spatial_scenes", description=(
-        "Generate the embedded data set: images of digits and shapes, LLaVA conversations, held-out questions."))
+    parser = argparse.ArgumentParser(
+        prog="python -m playground.spatial_scenes",
+        description=(
+            "Generate the embedded data set: images of digits and shapes, LLaVA conversations, held-out questions."
+        ),
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to write train/ and held_out/ into")
-    parser.add_argument("--world", choices=("cells", "free"), default="cells",
-                        help="cells: objects in a 3x3 layout with jitter; free: anywhere without overlap (harder)")
+    parser.add_argument(
+        "--world",
+        choices=("cells", "free"),
+        default="cells",
+        help="cells: objects in a 3x3 layout with jitter; free: anywhere without overlap (harder)",
+    )
     parser.add_argument("--num-train", type=int, default=8000, help="training images (default: %(default)s)")
     parser.add_argument("--num-held-out", type=int, default=100, help="held-out images (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--questions-per-conversation", type=int, default=DEFAULT_QUESTIONS_PER_CONVERSATION,
-                        help="turns of a stage 2 conversation (default: %(default)s)")
-    parser.add_argument("--reading-share", type=float, default=DEFAULT_READING_SHARE,
-                        help="part of stage 2 that keeps reading and describing (default: %(default)s)")
+    parser.add_argument(
+        "--questions-per-conversation",
+        type=int,
+        default=DEFAULT_QUESTIONS_PER_CONVERSATION,
+        help="turns of a stage 2 conversation (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--reading-share",
+        type=float,
+        default=DEFAULT_READING_SHARE,
+        help="part of stage 2 that keeps reading and describing (default: %(default)s)",
+    )
     return parser
 
 
@@ -35,9 +52,15 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--questions-per-conversation must be 1 to 12, got {args.questions_per_conversation}")
     if args.output.exists() and not args.output.is_dir():
         parser.error(f"--output {args.output} is a file; name a folder")
-    write_dataset(args.output, world=args.world, num_train=args.num_train, num_held_out=args.num_held_out,
-                  seed=args.seed, questions_per_conversation=args.questions_per_conversation,
-                  reading_share=args.reading_share)
+    write_dataset(
+        args.output,
+        world=args.world,
+        num_train=args.num_train,
+        num_held_out=args.num_held_out,
+        seed=args.seed,
+        questions_per_conversation=args.questions_per_conversation,
+        reading_share=args.reading_share,
+    )
     print(f"wrote {args.num_train} training and {args.num_held_out} held-out images to {args.output}")
     return 0
 

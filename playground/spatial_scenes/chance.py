@@ -1,4 +1,5 @@
 """What answers without looking can reach, per category: the yardsticks beside a model's accuracy."""
+
 from __future__ import annotations
 
 from collections import Counter, defaultdict
@@ -18,8 +19,9 @@ def chance_per_category(train: Sequence[Question], held_out: Sequence[Question])
     for question in train:
         answers[question.template][question.answer] += 1
     # Ties go to the alphabetically first answer, so that the figure does not depend on the order of the questions.
-    constant = {template: min(counts, key=lambda answer: (-counts[answer], answer))
-                for template, counts in answers.items()}
+    constant = {
+        template: min(counts, key=lambda answer: (-counts[answer], answer)) for template, counts in answers.items()
+    }
 
     hits: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for question in held_out:
@@ -28,8 +30,10 @@ def chance_per_category(train: Sequence[Question], held_out: Sequence[Question])
         guess = 1 / len(known) if question.answer in known else 0.0
         for category in (question.category, "overall"):
             hits[category].append((hit, guess))
-    return {category: {"constant": _mean([hit for hit, _ in pairs]), "uniform": _mean([guess for _, guess in pairs])}
-            for category, pairs in sorted(hits.items())}
+    return {
+        category: {"constant": _mean([hit for hit, _ in pairs]), "uniform": _mean([guess for _, guess in pairs])}
+        for category, pairs in sorted(hits.items())
+    }
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,4 +1,5 @@
 """A scene in words: the captions of stage 1, and the descriptions that the language model's pretraining reads."""
+
 from __future__ import annotations
 
 import random

@@ -3,6 +3,7 @@
 Digits are the real scans that scikit-learn ships (UCI Optical Recognition of Handwritten Digits, 8x8 grey levels). A
 fixed permutation splits the scans, so that no scan of a held-out image was ever seen in training.
 """
+
 from __future__ import annotations
 
 import random
@@ -42,8 +43,9 @@ class Kind:
         return self.colour is None
 
 
-KINDS = tuple([Kind(str(digit)) for digit in range(10)]
-              + [Kind(shape, colour) for colour in COLOURS for shape in SHAPES])
+KINDS = tuple(
+    [Kind(str(digit)) for digit in range(10)] + [Kind(shape, colour) for colour in COLOURS for shape in SHAPES]
+)
 
 
 @lru_cache(maxsize=1)
@@ -85,7 +87,7 @@ def shape_mask(form: str, size_px: int) -> np.ndarray:
     y, x = np.meshgrid(axis, axis, indexing="ij")
     half = size_px / 2
     if form == "circle":
-        inside = x ** 2 + y ** 2 <= half ** 2
+        inside = x**2 + y**2 <= half**2
     elif form == "square":
         inside = np.maximum(np.abs(x), np.abs(y)) <= half * 0.9
     elif form == "triangle":

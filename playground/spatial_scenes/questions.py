@@ -3,6 +3,7 @@
 Answers are balanced while they are drawn: verdicts of each yes/no template alternate, so that a model which does not
 see the image stays at one half on relation and existence.
 """
+
 from __future__ import annotations
 
 import random
@@ -52,8 +53,12 @@ class _Direction:
         return row * CELLS_PER_SIDE + column if inside else None
 
 
-DIRECTIONS = (_Direction("left of", 0, -1), _Direction("right of", 0, 1),
-              _Direction("above", -1, 0), _Direction("below", 1, 0))
+DIRECTIONS = (
+    _Direction("left of", 0, -1),
+    _Direction("right of", 0, 1),
+    _Direction("above", -1, 0),
+    _Direction("below", 1, 0),
+)
 
 
 class QuestionWriter:
@@ -63,8 +68,14 @@ class QuestionWriter:
         self._rng = rng
         self._next_verdict: dict[str, bool] = {}
         self._forms: dict[str, Callable[[Scene], Question | None]] = {
-            "relation": self.relation, "what": self.what_is_at, "where": self.where_is, "count": self.count,
-            "neighbour": self.neighbour, "neighbour_colour": self.neighbour_colour, "existence": self.existence}
+            "relation": self.relation,
+            "what": self.what_is_at,
+            "where": self.where_is,
+            "count": self.count,
+            "neighbour": self.neighbour,
+            "neighbour_colour": self.neighbour_colour,
+            "existence": self.existence,
+        }
 
     @property
     def forms(self) -> tuple[str, ...]:
@@ -92,8 +103,9 @@ class QuestionWriter:
 
     def relation(self, scene: Scene) -> Question | None:
         direction = self._rng.choice(DIRECTIONS)
-        pairs = [(first, second) for first in scene.objects for second in scene.objects
-                 if direction.holds(first, second)]
+        pairs = [
+            (first, second) for first in scene.objects for second in scene.objects if direction.holds(first, second)
+        ]
         if not pairs:
             return None
         first, second = self._rng.choice(pairs)
@@ -102,21 +114,28 @@ class QuestionWriter:
         if not verdict:
             first, second = second, first
         word = "yes" if verdict else "no"
-        return Question("relation", template, f"Is the {first.kind.name} {direction.relation} the {second.kind.name}?",
-                        f"{_located(first)}, {_located(second)}, so {word}", word)
+        return Question(
+            "relation",
+            template,
+            f"Is the {first.kind.name} {direction.relation} the {second.kind.name}?",
+            f"{_located(first)}, {_located(second)}, so {word}",
+            word,
+        )
 
     def what_is_at(self, scene: Scene) -> Question:
         empty = [cell for cell in range(NUM_CELLS) if cell not in scene.by_cell]
         cells = empty if self._rng.random() < _EMPTY_POSITION_SHARE else list(scene.by_cell)
         cell = self._rng.choice(cells)
         name = scene.by_cell[cell].kind.name if cell in scene.by_cell else "nothing"
-        return Question("position", "position: what", f"What is at the {cell_name(cell)}?",
-                        f"{cell_name(cell)} is {name}", name)
+        return Question(
+            "position", "position: what", f"What is at the {cell_name(cell)}?", f"{cell_name(cell)} is {name}", name
+        )
 
     def where_is(self, scene: Scene) -> Question:
         placed = self._rng.choice(scene.objects)
-        return Question("position", "position: where", f"Where is the {placed.kind.name}?", _located(placed),
-                        cell_name(placed.cell))
+        return Question(
+            "position", "position: where", f"Where is the {placed.kind.name}?", _located(placed), cell_name(placed.cell)
+        )
 
     def count(self, scene: Scene) -> Question:
         number = str(len(scene.objects))
@@ -127,9 +146,13 @@ class QuestionWriter:
         if not found:
             return None
         placed, direction, beside = self._rng.choice(found)
-        return Question("neighbour", "neighbour: what",
-                        f"What is directly {direction.relation} the {placed.kind.name}?",
-                        f"{_located(placed)}, {cell_name(beside.cell)} is {beside.kind.name}", beside.kind.name)
+        return Question(
+            "neighbour",
+            "neighbour: what",
+            f"What is directly {direction.relation} the {placed.kind.name}?",
+            f"{_located(placed)}, {cell_name(beside.cell)} is {beside.kind.name}",
+            beside.kind.name,
+        )
 
     def neighbour_colour(self, scene: Scene) -> Question | None:
         found = [entry for entry in self._neighbours(scene) if not entry[2].kind.is_digit]
@@ -137,9 +160,13 @@ class QuestionWriter:
             return None
         placed, direction, beside = self._rng.choice(found)
         colour = beside.kind.colour
-        return Question("neighbour", "neighbour: colour",
-                        f"What colour is the object directly {direction.relation} the {placed.kind.name}?",
-                        f"{_located(placed)}, {cell_name(beside.cell)} is {beside.kind.name}, so {colour}", colour)
+        return Question(
+            "neighbour",
+            "neighbour: colour",
+            f"What colour is the object directly {direction.relation} the {placed.kind.name}?",
+            f"{_located(placed)}, {cell_name(beside.cell)} is {beside.kind.name}, so {colour}",
+            colour,
+        )
 
     def existence(self, scene: Scene) -> Question:
         present = {placed.kind: placed for placed in scene.objects}
@@ -147,14 +174,19 @@ class QuestionWriter:
         kind = self._rng.choice(list(present) if verdict else [kind for kind in KINDS if kind not in present])
         evidence = _located(present[kind]) if verdict else f"{kind.name} is nowhere"
         word = "yes" if verdict else "no"
-        return Question("existence", "existence", f"Is there {_article(kind)} {kind.name}?",
-                        f"{evidence}, so {word}", word)
+        return Question(
+            "existence", "existence", f"Is there {_article(kind)} {kind.name}?", f"{evidence}, so {word}", word
+        )
 
     @staticmethod
     def _neighbours(scene: Scene) -> list[tuple[PlacedObject, _Direction, PlacedObject]]:
         by_cell = scene.by_cell
-        return [(placed, direction, by_cell[cell]) for placed in scene.objects for direction in DIRECTIONS
-                if (cell := direction.neighbour_cell(placed.cell)) in by_cell]
+        return [
+            (placed, direction, by_cell[cell])
+            for placed in scene.objects
+            for direction in DIRECTIONS
+            if (cell := direction.neighbour_cell(placed.cell)) in by_cell
+        ]
 
 
 def _located(placed: PlacedObject) -> str:

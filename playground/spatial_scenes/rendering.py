@@ -1,4 +1,5 @@
 """From a scene to pixels: objects in light colours on a dark, slightly noisy background."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -18,7 +19,7 @@ def render(scene: Scene, noise_seed: int) -> np.ndarray:
     for placed in scene.objects:
         mask = digit_mask(placed.scan) if placed.kind.is_digit else shape_mask(placed.kind.form, placed.size_px)
         colour = np.array(_DIGIT_COLOUR if placed.kind.is_digit else COLOURS[placed.kind.colour], dtype=np.float32)
-        box = image[placed.top:placed.top + OBJECT_SIZE_PX, placed.left:placed.left + OBJECT_SIZE_PX]
+        box = image[placed.top : placed.top + OBJECT_SIZE_PX, placed.left : placed.left + OBJECT_SIZE_PX]
         # Boxes of neighbouring cells may touch by jitter: the lighter pixel wins, nothing is hidden.
         np.maximum(box, mask[..., None] * colour * placed.brightness, out=box)
     return np.clip(image, 0, 255).astype(np.uint8)

@@ -4,6 +4,7 @@ Both worlds keep at most one object per third, so a position names one object an
 row or a column have an unambiguous relation. `cells` places objects in the middle of the thirds with jitter; `free`
 places them anywhere without overlap, across the borders of thirds and patches.
 """
+
 from __future__ import annotations
 
 import random
@@ -17,7 +18,7 @@ World = Literal["cells", "free"]
 
 IMAGE_SIZE_PX = 48
 CELLS_PER_SIDE = 3
-NUM_CELLS = CELLS_PER_SIDE ** 2
+NUM_CELLS = CELLS_PER_SIDE**2
 CELL_SIZE_PX = IMAGE_SIZE_PX // CELLS_PER_SIDE
 MIN_OBJECTS, MAX_OBJECTS = 3, 6
 JITTER_PX = 2
@@ -67,8 +68,9 @@ class Scene:
         return {placed.cell: placed for placed in self.objects}
 
 
-def sample_scene(rng: random.Random, world: World, pool: Mapping[int, Sequence[int]],
-                 num_objects: int | None = None) -> Scene:
+def sample_scene(
+    rng: random.Random, world: World, pool: Mapping[int, Sequence[int]], num_objects: int | None = None
+) -> Scene:
     """Draw a scene of `num_objects` (3 to 6 where None) distinct kinds; digits use scans of `pool`.
 
     Raises:
@@ -84,8 +86,9 @@ def sample_scene(rng: random.Random, world: World, pool: Mapping[int, Sequence[i
 
 def _place(rng: random.Random, kind: Kind, corner: tuple[int, int], pool: Mapping[int, Sequence[int]]) -> PlacedObject:
     scan = rng.choice(pool[int(kind.form)]) if kind.is_digit else None
-    return PlacedObject(kind, *corner, scan=scan, size_px=rng.randint(11, OBJECT_SIZE_PX),
-                        brightness=rng.uniform(0.8, 1.0))
+    return PlacedObject(
+        kind, *corner, scan=scan, size_px=rng.randint(11, OBJECT_SIZE_PX), brightness=rng.uniform(0.8, 1.0)
+    )
 
 
 def _corners_in_cells(rng: random.Random, count: int) -> list[tuple[int, int]]:
@@ -95,8 +98,10 @@ def _corners_in_cells(rng: random.Random, count: int) -> list[tuple[int, int]]:
     def jittered(index: int) -> int:
         return max(0, min(largest, index * CELL_SIZE_PX + margin + rng.randint(-JITTER_PX, JITTER_PX)))
 
-    return [(jittered(cell // CELLS_PER_SIDE), jittered(cell % CELLS_PER_SIDE))
-            for cell in rng.sample(range(NUM_CELLS), count)]
+    return [
+        (jittered(cell // CELLS_PER_SIDE), jittered(cell % CELLS_PER_SIDE))
+        for cell in rng.sample(range(NUM_CELLS), count)
+    ]
 
 
 def _corners_anywhere(rng: random.Random, count: int) -> list[tuple[int, int]]:
@@ -108,8 +113,11 @@ def _corners_anywhere(rng: random.Random, count: int) -> list[tuple[int, int]]:
         for _ in range(40 * count):
             top, left = rng.randint(0, largest), rng.randint(0, largest)
             third = ((top + half) // CELL_SIZE_PX, (left + half) // CELL_SIZE_PX)
-            free = all((abs(top - y) >= OBJECT_SIZE_PX or abs(left - x) >= OBJECT_SIZE_PX)
-                       and third != ((y + half) // CELL_SIZE_PX, (x + half) // CELL_SIZE_PX) for y, x in corners)
+            free = all(
+                (abs(top - y) >= OBJECT_SIZE_PX or abs(left - x) >= OBJECT_SIZE_PX)
+                and third != ((y + half) // CELL_SIZE_PX, (x + half) // CELL_SIZE_PX)
+                for y, x in corners
+            )
             if free:
                 corners.append((top, left))
                 if len(corners) == count:

@@ -1,4 +1,5 @@
 """Writes the data set in LLaVA's format: image folders, stage 1 and stage 2 records, and the held-out questions."""
+
 from __future__ import annotations
 
 import json
@@ -29,9 +30,16 @@ def make_scenes(world: World, split: Split, count: int, seed: int) -> list[Scene
     return [sample_scene(rng, world, scan_pool(split), MIN_OBJECTS + index % span) for index in range(count)]
 
 
-def write_dataset(output: Path, *, world: World, num_train: int, num_held_out: int, seed: int,
-                  questions_per_conversation: int = DEFAULT_QUESTIONS_PER_CONVERSATION,
-                  reading_share: float = DEFAULT_READING_SHARE) -> None:
+def write_dataset(
+    output: Path,
+    *,
+    world: World,
+    num_train: int,
+    num_held_out: int,
+    seed: int,
+    questions_per_conversation: int = DEFAULT_QUESTIONS_PER_CONVERSATION,
+    reading_share: float = DEFAULT_READING_SHARE,
+) -> None:
     """Write `train/` and `held_out/` below `output`; the same arguments always write the same bytes.
 
     Args:
@@ -47,8 +55,9 @@ def write_dataset(output: Path, *, world: World, num_train: int, num_held_out: i
     _write_json(output / "train" / "stage2.json", records)
 
     held_out_questions = _held_out_questions(held_out, held_out_images, seed)
-    lines = (json.dumps(_question_line(index, image, question))
-             for index, (image, question) in enumerate(held_out_questions))
+    lines = (
+        json.dumps(_question_line(index, image, question)) for index, (image, question) in enumerate(held_out_questions)
+    )
     (output / "held_out" / "questions.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     chance = chance_per_category(train_questions, [question for _, question in held_out_questions])
     _write_json(output / "held_out" / "chance.json", chance)
@@ -79,12 +88,15 @@ def _description_turn(scene: Scene, rng: random.Random) -> tuple[str, str]:
 
 def _stage1_records(scenes: Sequence[Scene], images: Sequence[str], seed: int) -> list[dict]:
     rng = random.Random(f"{seed}/stage1")
-    return [_record(f"stage1-{index:06d}", image, [_description_turn(scene, rng)])
-            for index, (scene, image) in enumerate(zip(scenes, images, strict=True))]
+    return [
+        _record(f"stage1-{index:06d}", image, [_description_turn(scene, rng)])
+        for index, (scene, image) in enumerate(zip(scenes, images, strict=True))
+    ]
 
 
-def _stage2_records(scenes: Sequence[Scene], images: Sequence[str], seed: int, questions_per_conversation: int,
-                    reading_share: float) -> tuple[list[dict], list[Question]]:
+def _stage2_records(
+    scenes: Sequence[Scene], images: Sequence[str], seed: int, questions_per_conversation: int, reading_share: float
+) -> tuple[list[dict], list[Question]]:
     rng = random.Random(f"{seed}/stage2")
     writer = QuestionWriter(rng)
     records, asked = [], []
@@ -109,8 +121,14 @@ def _held_out_questions(scenes: Sequence[Scene], images: Sequence[str], seed: in
 
 
 def _question_line(index: int, image: str, question: Question) -> dict:
-    return {"question_id": index, "image": image, "text": question.text, "category": question.category,
-            "answer": question.answer, "reference": question.reference}
+    return {
+        "question_id": index,
+        "image": image,
+        "text": question.text,
+        "category": question.category,
+        "answer": question.answer,
+        "reference": question.reference,
+    }
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -1,4 +1,4 @@
-"""The embedded data set keeps its promises: true answers, no blind way to score, held-out scans kept out of training."""
+"""The embedded data set keeps its promises: true answers, no blind way to score, held-out scans never in training."""
 
 import json
 import random
@@ -28,8 +28,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def objects_at(scene) -> dict[str, tuple[int, int]]:
     """Name -> (row, column), from pixel centres alone."""
-    return {placed.kind.name: (int((placed.top + 7) / 48 * 3), int((placed.left + 7) / 48 * 3))
-            for placed in scene.objects}
+    return {
+        placed.kind.name: (int((placed.top + 7) / 48 * 3), int((placed.left + 7) / 48 * 3)) for placed in scene.objects
+    }
 
 
 def derived_answer(text: str, where: dict[str, tuple[int, int]]) -> str:
@@ -47,8 +48,12 @@ def derived_answer(text: str, where: dict[str, tuple[int, int]]) -> str:
         return at.get((ROWS.index(match[1]), COLUMNS.index(match[2])), "nothing")
     if match := re.fullmatch(r"Is the (.+) (left of|right of|above|below) the (.+)\?", text):
         (row, column), (other_row, other_column) = where[match[1]], where[match[3]]
-        difference = {"left of": other_column - column, "right of": column - other_column,
-                      "above": other_row - row, "below": row - other_row}[match[2]]
+        difference = {
+            "left of": other_column - column,
+            "right of": column - other_column,
+            "above": other_row - row,
+            "below": row - other_row,
+        }[match[2]]
         assert difference != 0, "a relation was asked that neither holds nor is reversed"
         return "yes" if difference > 0 else "no"
     match = re.fullmatch(r"What (is|colour is the object) directly (left of|right of|above|below) the (.+)\?", text)
@@ -72,8 +77,9 @@ def test_every_answer_follows_from_the_scene(world):
             forms[form] += 1
             assert derived_answer(question.text, where) == question.answer
             assert question.reference.endswith(question.answer)
-            for name, row, column in re.findall(r"(?:^|, )([\w ]+?) is (top|middle|bottom) (left|center|right)",
-                                                question.reference):
+            for name, row, column in re.findall(
+                r"(?:^|, )([\w ]+?) is (top|middle|bottom) (left|center|right)", question.reference
+            ):
                 assert where[name] == (ROWS.index(row), COLUMNS.index(column)), "the stated evidence is untrue"
     assert min(forms.values()) > 100, "a form of question hardly ever occurs"
 
@@ -88,8 +94,12 @@ def test_objects_keep_apart_and_inside(world):
         assert len(where) == len(set(where.values())) == len(scene.objects), "a kind or a third is used twice"
         assert all(0 <= placed.top <= 34 and 0 <= placed.left <= 34 for placed in scene.objects)
         if world == "free":
-            assert all(abs(a.top - b.top) >= 14 or abs(a.left - b.left) >= 14
-                       for a in scene.objects for b in scene.objects if a is not b)
+            assert all(
+                abs(a.top - b.top) >= 14 or abs(a.left - b.left) >= 14
+                for a in scene.objects
+                for b in scene.objects
+                if a is not b
+            )
 
 
 def test_descriptions_agree_with_the_positions():
@@ -110,16 +120,23 @@ def test_rendering_draws_each_object_in_its_colour_on_a_dark_ground():
         image = render(scene, noise_seed=1).astype(int)
         covered = np.zeros((48, 48), bool)
         for placed in scene.objects:
-            box = image[placed.top:placed.top + 14, placed.left:placed.left + 14].reshape(-1, 3)
+            box = image[placed.top : placed.top + 14, placed.left : placed.left + 14].reshape(-1, 3)
             brightest = box[box.sum(1).argmax()]
             assert {c for c in range(3) if brightest[c] > 0.75 * brightest.max()} == dominant[placed.kind.colour]
-            covered[placed.top:placed.top + 14, placed.left:placed.left + 14] = True
+            covered[placed.top : placed.top + 14, placed.left : placed.left + 14] = True
         assert image[~covered].max() < 60
 
 
 def test_held_out_scans_never_occur_in_training():
-    used = {split: {placed.scan for scene in make_scenes("cells", split, 400, seed=0) for placed in scene.objects
-                    if placed.scan is not None} for split in ("train", "held_out")}
+    used = {
+        split: {
+            placed.scan
+            for scene in make_scenes("cells", split, 400, seed=0)
+            for placed in scene.objects
+            if placed.scan is not None
+        }
+        for split in ("train", "held_out")
+    }
     assert len(used["held_out"]) > 100
     assert not used["train"] & used["held_out"]
     assert all(len(scan_pool("held_out")[digit]) >= 20 for digit in range(10))
@@ -128,8 +145,10 @@ def test_held_out_scans_never_occur_in_training():
 def test_the_same_seed_writes_the_same_bytes_and_another_seed_others(dataset, tmp_path):
     write_dataset(tmp_path / "same", world="cells", num_train=NUM_TRAIN, num_held_out=NUM_HELD_OUT, seed=3)
     write_dataset(tmp_path / "other", world="cells", num_train=NUM_TRAIN, num_held_out=NUM_HELD_OUT, seed=4)
-    files, again = (sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-                    for folder in (dataset, tmp_path / "same"))
+    files, again = (
+        sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+        for folder in (dataset, tmp_path / "same")
+    )
     assert files == again
     assert all((dataset / file).read_bytes() == (tmp_path / "same" / file).read_bytes() for file in files)
     assert (dataset / "train/stage2.json").read_bytes() != (tmp_path / "other/train/stage2.json").read_bytes()
@@ -154,8 +173,10 @@ def test_records_are_llava_json(dataset):
 def test_held_out_questions_are_balanced(dataset):
     lines = [json.loads(line) for line in (dataset / "held_out" / "questions.jsonl").read_text().splitlines()]
     assert [line["question_id"] for line in lines] == list(range(len(lines)))
-    answers = {category: Counter(line["answer"] for line in lines if line["category"] == category)
-               for category in ("relation", "existence", "count")}
+    answers = {
+        category: Counter(line["answer"] for line in lines if line["category"] == category)
+        for category in ("relation", "existence", "count")
+    }
     assert answers["existence"] == {"yes": NUM_HELD_OUT / 2, "no": NUM_HELD_OUT / 2}
     assert abs(answers["relation"]["yes"] - answers["relation"]["no"]) <= 4  # four directions, each alternates
     assert answers["count"] == {str(count): NUM_HELD_OUT / 4 for count in (3, 4, 5, 6)}
@@ -184,8 +205,11 @@ def test_verdicts_do_not_depend_on_the_objects_that_are_named():
 
 def test_command_line_names_what_is_wrong(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    for arguments, words in ((["--num-train", "0"], "--num-train"), (["--reading-share", "1"], "--reading-share"),
-                             (["--world", "cellar"], "cellar")):
+    for arguments, words in (
+        (["--num-train", "0"], "--num-train"),
+        (["--reading-share", "1"], "--reading-share"),
+        (["--world", "cellar"], "cellar"),
+    ):
         with pytest.raises(SystemExit) as stop:
             main(["--output", str(tmp_path / "out"), *arguments])
         assert stop.value.code == 2
