@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_saep.data.conversation import count_image_markers
+from llava_saep.data.dataset import read_records
 from playground.spatial_scenes import KINDS, QuestionWriter, caption, raster_reading, render, sample_scene, scan_pool
 from playground.spatial_scenes.__main__ import main
 from playground.spatial_scenes.writing import make_scenes, write_dataset
@@ -158,6 +158,7 @@ def test_records_are_llava_json(dataset):
     for stage, turns in (("stage1", {2}), ("stage2", {2, 12})):
         records = json.loads((dataset / "train" / f"{stage}.json").read_text())
         assert len(records) == len({record["id"] for record in records}) == NUM_TRAIN
+        assert len(read_records(dataset / "train" / f"{stage}.json")) == NUM_TRAIN  # as training reads them
         for record in records:
             conversation = record["conversations"]
             assert len(conversation) in turns
@@ -167,7 +168,6 @@ def test_records_are_llava_json(dataset):
             assert all(turn["value"].strip() for turn in conversation)
             with Image.open(dataset / "train" / "images" / record["image"]) as image:
                 assert (image.size, image.mode) == ((48, 48), "RGB")
-    assert count_image_markers([]) == 0
 
 
 def test_held_out_questions_are_balanced(dataset):
