@@ -15,7 +15,7 @@ from llava_saep.data.conversation import Turn
 from llava_saep.data.templates import ConversationTemplate, conversation_template
 from llava_saep.data.tokenization import encode_prompt
 from llava_saep.errors import UserError
-from llava_saep.model.loading import load_model, load_processor
+from llava_saep.model.loading import inspect_folder, load_model, load_processor
 from llava_saep.model.modeling_llava_saep import LlavaSaepForConditionalGeneration
 from llava_saep.model.processing_llava_saep import LlavaSaepProcessor, pad_rows
 
@@ -103,6 +103,7 @@ class Predictor:
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        inspect_folder(folder)  # its message says more than that of a missing processor
         processor = load_processor(folder, trust_projector_code=trust_projector_code)
         model = load_model(folder, device=device, dtype=dtype, trust_projector_code=trust_projector_code)
         return cls(model, processor)

@@ -122,6 +122,11 @@ def test_malformed_messages_are_named(messages, message):
         parse_messages(messages)
 
 
+def test_folder_that_is_no_model_is_named_as_such(tmp_path):
+    with pytest.raises(UserError, match="has no config.json; expected a folder that training wrote"):
+        Predictor.from_pretrained(tmp_path)
+
+
 def test_conversation_must_end_with_a_question(predictor):
     with pytest.raises(UserError, match="must end with a user's message"):
         predictor.generate([[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]], GREEDY)
