@@ -43,11 +43,11 @@ class Settings:
     """
 
     num_train_images: int = 8000
-    num_held_out_images: int = 100
+    num_held_out_images: int = 200
     global_batch_size: int = 32
     stage1_steps: int = 250
     stage1_learning_rate: float = 2e-3
-    stage2_steps: int = 600
+    stage2_steps: int = 500
     stage2_learning_rate: float = 1e-3
     warmup_share: float = 0.03
     max_length: int = 512
