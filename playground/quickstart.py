@@ -183,7 +183,7 @@ def plan_job(arguments: argparse.Namespace) -> Job:
         output_dir=(arguments.output_dir or runs / "quickstart" / label).absolute(),
         vision_tower=arguments.vision_tower,
         language_model=arguments.model_name_or_path,
-        num_processes=arguments.num_processes or num_gpus or 2,
+        num_processes=arguments.num_processes or default_num_processes(num_gpus, settings.global_batch_size),
         deepspeed_config=arguments.deepspeed.absolute(),
         on_gpu=num_gpus > 0,
     )
@@ -200,6 +200,19 @@ def small_options(projector: str) -> str:
     from projectors import select_projector
 
     return SMALL_PROJECTORS.get(select_projector(projector, trust_projector_code=True).name, "")
+
+
+def default_num_processes(num_gpus: int, global_batch_size: int) -> int:
+    """One process per GPU as far as they can share a batch evenly; two without GPUs."""
+    if num_gpus == 0:
+        return 2
+    return max(count for count in range(1, num_gpus + 1) if global_batch_size % count == 0)
+
+
+def _gpu_knows_bf16() -> bool:
+    import torch
+
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def check_job(job: Job, num_gpus: int) -> None:
@@ -320,7 +333,7 @@ def common_flags(job: Job, stage: str, num_steps: int, learning_rate: float) -> 
     if job.projector_options:
         flags["mm_projector_options"] = job.projector_options
     if job.on_gpu:
-        flags["bf16"] = True
+        flags["bf16" if _gpu_knows_bf16() else "fp16"] = True
     return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
 
 
@@ -379,7 +392,7 @@ def evaluate(job: Job):
 
 def describe_job(job: Job) -> str:
     """What will happen, in one sentence."""
-    device = "GPU, NCCL, bf16" if job.on_gpu else "CPU, gloo, fp32"
+    device = f"GPU, NCCL, {'bf16' if _gpu_knows_bf16() else 'fp16'}" if job.on_gpu else "CPU, gloo, fp32"
     processes = f"{job.num_processes} process{'es' if job.num_processes > 1 else ''}"
     return (
         f"Training a small LLaVA with projector {job.projector!r} on the world {job.world!r}, seed {job.seed}: "

@@ -64,6 +64,11 @@ def test_given_options_replace_the_small_ones(plan):
     )
 
 
+@pytest.mark.parametrize(("num_gpus", "expected"), [(0, 2), (1, 1), (2, 2), (3, 2), (6, 4), (8, 8)])
+def test_as_many_processes_as_gpus_that_can_share_a_batch(num_gpus, expected):
+    assert quickstart.default_num_processes(num_gpus, 32) == expected
+
+
 @pytest.mark.parametrize("num_processes", [1, 2, 4])
 def test_batch_of_a_step_does_not_depend_on_the_number_of_processes(plan, num_processes):
     job = plan("--num_processes", str(num_processes))
