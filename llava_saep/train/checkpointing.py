@@ -24,6 +24,11 @@ logger = logging.getLogger(__name__)
 MANIFEST_NAME = "checkpoint_manifest.json"
 _MANIFEST_FORMAT = 1
 _FOLDER_PATTERN = re.compile(r"checkpoint-(\d+)")
+_WEIGHTS_PATTERN = re.compile(
+    r"(model|pytorch_model|adapter_model|mm_projector|non_lora_trainables)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
+    r"|adapter_config\.json"
+)
+"""Files that make a saved folder what it is; see `llava_saep.model.loading.inspect_folder`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,25 +247,42 @@ def remove_old_checkpoints(output_dir: Path, *, keep: int | None) -> list[Path]:
 def publish(staging: Path, output_dir: Path) -> None:
     """Move the files of a finished model from `staging` into `output_dir`, config.json last, and remove `staging`.
 
-    A reader that finds config.json finds all of the model; each file appears whole (same file system).
+    A reader that finds config.json finds all of the model; each file appears whole (same file system). Weights of an
+    earlier model of another kind are deleted, since a folder is taken for what the weights in it say.
     """
     files = sorted(path for path in staging.rglob("*") if path.is_file())
-    for path in sorted(files, key=lambda path: path.name == "config.json"):
-        target = output_dir / path.relative_to(staging)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, target)
+    names = {path.relative_to(staging).as_posix() for path in files}
+    for path in files:
+        if path != staging / "config.json":
+            target = output_dir / path.relative_to(staging)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+    for path in sorted(output_dir.iterdir()):
+        if _WEIGHTS_PATTERN.fullmatch(path.name) and path.name not in names:
+            logger.warning("%s of an earlier model gives way to the trained one", path)
+            path.unlink()
+    if "config.json" in names:
+        os.replace(staging / "config.json", output_dir / "config.json")
     shutil.rmtree(staging)
 
 
-def set_aside(output_dir: Path) -> Path | None:
-    """Move checkpoints of an earlier run out of the way of a new one (`--resume never`).
+def set_aside(output_dir: Path, *, resumed: Path | None = None) -> Path | None:
+    """Move checkpoints that a run does not go on from out of its way.
 
-    Left in place, they would be taken for this run's when it is resumed.
+    Left in place, they would be taken for this run's when it is resumed, and push its own out of `save_total_limit`.
 
+    Args:
+        resumed: the checkpoint that the run goes on from, which stays, as do older ones beside it, and torn ones, which
+            are never resumed from. None: everything is moved (`--resume never`).
     Returns:
         the folder that holds them now; None if there were none.
     """
     folders = list_checkpoints(output_dir)
+    if resumed is not None:
+        places = [folder.resolve() for folder in folders]
+        # From another folder: nothing here belongs to the run that it goes on.
+        num_newer = places.index(resumed.resolve()) if resumed.resolve() in places else len(folders)
+        folders = [folder for folder in folders[:num_newer] if _read_manifest(folder) is not None]
     if not folders:
         return None
     number = 1

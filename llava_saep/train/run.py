@@ -355,8 +355,8 @@ def run_loop(trainer: LlavaTrainer, checkpoint: Path | None) -> None:
     if checkpoint is not None:
         facts = checkpointing.read_facts(checkpoint)
         checkpointing.check_same_run(checkpoint, facts, trainer.checkpoint_facts())
-    elif trainer.args.should_save:
-        checkpointing.set_aside(Path(trainer.args.output_dir))
+    if trainer.args.should_save:
+        checkpointing.set_aside(Path(trainer.args.output_dir), resumed=checkpoint)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except (UserError, ProjectorError) as error:

@@ -153,6 +153,66 @@ def test_earlier_runs_checkpoints_are_moved_out_of_the_way(tmp_path):
     assert set_aside(tmp_path) is None
 
 
+def test_resuming_an_older_checkpoint_moves_the_abandoned_newer_ones_away(tmp_path):
+    """Counted by number, checkpoint-20 would push the new checkpoint-10 out, and be resumed from."""
+    for step in (2, 5, 20):
+        make_checkpoint(tmp_path, step)
+    torn = make_checkpoint(tmp_path, 30, finished=False)
+    assert set_aside(tmp_path, resumed=tmp_path / "checkpoint-5") == tmp_path / "earlier_run_1"
+    assert names((tmp_path / "earlier_run_1").iterdir()) == ["checkpoint-20"]
+    make_checkpoint(tmp_path, 10)
+    assert names(remove_old_checkpoints(tmp_path, keep=1)) == ["checkpoint-5", "checkpoint-2"]
+    assert torn.exists()  # never resumed from, and replaced when its step is saved
+    assert choose_checkpoint(tmp_path, "auto").name == "checkpoint-10"
+
+
+def test_newest_checkpoint_is_resumed_from_where_it_lies(tmp_path):
+    for step in (2, 5):
+        make_checkpoint(tmp_path, step)
+    (tmp_path / "latest").symlink_to(tmp_path / "checkpoint-5")
+    assert set_aside(tmp_path, resumed=tmp_path / "checkpoint-5") is None
+    assert set_aside(tmp_path, resumed=tmp_path / "latest") is None
+
+
+def test_resuming_from_another_folder_moves_every_checkpoint_away(tmp_path):
+    for step in (2, 20):
+        make_checkpoint(tmp_path, step)
+    elsewhere = make_checkpoint(tmp_path / "other", 5)
+    set_aside(tmp_path, resumed=elsewhere)
+    assert choose_checkpoint(tmp_path, "auto") is None
+    assert why_incomplete(elsewhere) is None
+
+
+@pytest.mark.parametrize(
+    "stale",
+    [
+        "model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model-00002-of-00002.bin",
+        "pytorch_model.bin.index.json",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "non_lora_trainables.bin",
+        "mm_projector.bin",
+    ],
+)
+def test_weights_of_an_earlier_model_do_not_outlive_the_published_one(tmp_path, stale):
+    """A folder with model.safetensors loads as a full model, whatever was published over it."""
+    staging = tmp_path / ".saving"
+    staging.mkdir()
+    for name in ("config.json", "mm_projector.safetensors"):
+        (staging / name).write_text("new")
+        (tmp_path / name).write_text("old")
+    for name in (stale, "notes.txt", "my_model.safetensors", "trainer_state.json"):
+        (tmp_path / name).write_text("old")
+    publish(staging, tmp_path)
+    left = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    kept = dict.fromkeys(("notes.txt", "my_model.safetensors", "trainer_state.json"), "old")
+    assert left == {"config.json": "new", "mm_projector.safetensors": "new"} | kept
+
+
 def test_published_model_appears_config_last(tmp_path, monkeypatch):
     staging = tmp_path / "out" / ".saving"
     (staging / "sub").mkdir(parents=True)
