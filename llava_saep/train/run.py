@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 STAGING_NAME = ".saving"
 """Folder in output_dir in which the trained model is written before it is moved into place."""
+
+_GATHER_ON_SAVE = "stage3_gather_16bit_weights_on_model_save"
 
 T = TypeVar("T")
 
@@ -84,19 +86,37 @@ def check_paths(config: RunConfig) -> None:
         raise UserError(f"--image_folder {config.data.image_folder}: no such folder")
     if config.model.projector_weights is not None:
         find_projector_weights(config.model.projector_weights)
-    deepspeed = config.training.trainer_arguments.get("deepspeed")
-    if isinstance(deepspeed, str) and not deepspeed.lstrip().startswith("{"):
-        find_deepspeed_config(deepspeed)
+    if config.training.trainer_arguments.get("deepspeed") is not None:
+        read_deepspeed_config(config.training.trainer_arguments["deepspeed"])
     output_dir = Path(config.training.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir}: is a file; expected a folder, or a new name")
+    _check_inputs_outlive_output(config.model, output_dir)
+
+
+def _check_inputs_outlive_output(model: ModelConfig, output_dir: Path) -> None:
+    """Refuse an output folder that holds what the run starts from, since the trained model replaces the weights in it.
+
+    Raises:
+        UserError: it is the folder of a pretrained part, or holds the projector's weights.
+    """
+    inputs = {"model_name_or_path": model.language_model, "vision_tower": model.vision_tower}
+    places = {flag: Path(path) for flag, path in inputs.items() if path is not None and Path(path).is_dir()}
+    if model.projector_weights is not None:
+        places["pretrain_mm_mlp_adapter"] = find_projector_weights(model.projector_weights).parent
+    for flag, place in places.items():
+        if place.resolve() == output_dir.resolve():
+            raise UserError(
+                f"--output_dir {output_dir}: holds what --{flag} starts from, and the trained model would replace it; "
+                "choose another folder"
+            )
 
 
 def find_deepspeed_config(path: str) -> Path:
     """Find DeepSpeed's JSON file; LLaVA's `./scripts/zero2.json` is taken from deepspeed_configs/ where it is missing.
 
     Raises:
-        UserError: there is no such file, or it is not JSON.
+        UserError: there is no such file.
     """
     found = Path(path)
     if not found.is_file():
@@ -105,11 +125,29 @@ def find_deepspeed_config(path: str) -> Path:
             raise UserError(f"--deepspeed {path}: no such file; deepspeed_configs/ holds zero1.json, zero2.json, ...")
         logger.warning("--deepspeed %s: no such file, using %s", path, ours)
         found = ours
-    try:
-        json.loads(found.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"--deepspeed {path}: not valid JSON: {error}") from error
     return found
+
+
+def read_deepspeed_config(value: str | Mapping[str, Any]) -> dict[str, Any]:
+    """Read what `--deepspeed` gives: a file, or the JSON itself.
+
+    Raises:
+        UserError: there is no such file, or it holds no JSON object with settings.
+    """
+    if isinstance(value, Mapping):
+        return dict(value)
+    is_json = value.lstrip().startswith("{")
+    shown = "--deepspeed" if is_json else f"--deepspeed {value}"
+    try:
+        config = json.loads(value if is_json else find_deepspeed_config(value).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{shown}: not valid JSON: {error}") from error
+    if not isinstance(config, dict) or not config:
+        raise UserError(
+            f"{shown}: holds {json.dumps(config)[:80]}; expected a JSON object with DeepSpeed's settings, such as "
+            "deepspeed_configs/zero2.json, or no --deepspeed to train without it"
+        )
+    return config
 
 
 # Start
@@ -119,7 +157,7 @@ def start(config: TrainingConfig) -> TrainingArguments:
     """Fit the arguments to this machine, join the other ranks and make transformers' arguments.
 
     Raises:
-        UserError: transformers or DeepSpeed refuses a value.
+        UserError: transformers or DeepSpeed refuses a value, or DeepSpeed's config contradicts a flag.
     """
     wanted = dict(config.trainer_arguments)
     on_accelerator = distributed.runs_on_accelerator(wanted)
@@ -129,7 +167,7 @@ def start(config: TrainingConfig) -> TrainingArguments:
     for note in notes:
         logger.warning(note)
     if fitted.get("deepspeed"):
-        fitted["deepspeed"] = _deepspeed_dict(fitted["deepspeed"])
+        fitted["deepspeed"] = complete_deepspeed_config(read_deepspeed_config(fitted["deepspeed"]))
     if fitted.get("activation_checkpointing"):
         fitted.setdefault("activation_checkpointing_kwargs", {"use_reentrant": False})
     distributed.start_process_group(
@@ -146,15 +184,32 @@ def start(config: TrainingConfig) -> TrainingArguments:
             f"one process sees {arguments.n_gpu} GPUs; start one per GPU (deepspeed --num_gpus {arguments.n_gpu} ...), "
             "or show it a single one (CUDA_VISIBLE_DEVICES=0)"
         )
+    check_deepspeed_agrees(arguments)
     return arguments
 
 
-def _deepspeed_dict(value: str | dict[str, Any]) -> dict[str, Any]:
-    if isinstance(value, dict):
-        return value
-    if value.lstrip().startswith("{"):
-        return json.loads(value)
-    return json.loads(find_deepspeed_config(value).read_text())
+def complete_deepspeed_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Have ZeRO-3 put the weights together when it saves; what it writes otherwise is no model that loads."""
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage") != 3 or zero.get(_GATHER_ON_SAVE):
+        return config
+    logger.warning(
+        "--deepspeed: zero_optimization.%s is set to true, so that the saved model is whole", _GATHER_ON_SAVE
+    )
+    return {**config, "zero_optimization": {**zero, _GATHER_ON_SAVE: True}}
+
+
+def check_deepspeed_agrees(arguments: TrainingArguments) -> None:
+    """Refuse a DeepSpeed config that says otherwise than the flags; the Trainer would, but much later.
+
+    Raises:
+        UserError: names each setting and flag that differ.
+    """
+    if arguments.hf_deepspeed_config is None or not arguments.hf_deepspeed_config.mismatches:
+        return
+    differences = "; ".join(line.removeprefix("- ds ") for line in arguments.hf_deepspeed_config.mismatches)
+    differences = differences.replace(" vs hf ", " against --")
+    raise UserError(f'--deepspeed contradicts the flags: {differences}; write "auto" there to have the flags decide')
 
 
 def choose_checkpoint(config: TrainingConfig) -> Path | None:

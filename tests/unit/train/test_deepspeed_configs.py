@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llava_saep.errors import UserError
-from llava_saep.train.run import find_deepspeed_config
+from llava_saep.train.run import find_deepspeed_config, read_deepspeed_config
 
 FOLDER = Path(__file__).resolve().parents[3] / "deepspeed_configs"
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero2_offload": 2, "zero3_offload": 3}
@@ -57,7 +57,29 @@ def test_unknown_file_is_named():
         find_deepspeed_config("scripts/zero9.json")
 
 
-def test_broken_json_is_named(tmp_path):
-    (tmp_path / "mine.json").write_text("{")
-    with pytest.raises(UserError, match="not valid JSON"):
-        find_deepspeed_config(str(tmp_path / "mine.json"))
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", r"holds \[\]"),
+        ("{}", r"holds \{\}"),
+        ("", "not valid JSON"),
+        ('"zero2"', "holds"),
+    ],
+)
+def test_file_that_holds_no_settings_is_named(tmp_path, text, message):
+    """transformers takes an empty value for no --deepspeed at all."""
+    (tmp_path / "mine.json").write_text(text)
+    with pytest.raises(UserError, match=rf"mine.json: {message}"):
+        read_deepspeed_config(str(tmp_path / "mine.json"))
+
+
+@pytest.mark.parametrize(("text", "message"), [("{bad", "not valid JSON"), ("{}", "expected a JSON object")])
+def test_settings_on_the_command_line_are_checked_alike(text, message):
+    with pytest.raises(UserError, match=message):
+        read_deepspeed_config(text)
+
+
+def test_settings_are_read_from_file_or_command_line():
+    assert read_deepspeed_config(str(FOLDER / "zero2.json")) == read("zero2")
+    assert read_deepspeed_config(json.dumps(read("zero2"))) == read("zero2")

@@ -1,0 +1,79 @@
+"""What a run checks before anything slow or lasting: its files, DeepSpeed's settings against the flags."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import transformers
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+from llava_saep.arguments import parse_arguments
+from llava_saep.errors import UserError
+from llava_saep.train.run import check_deepspeed_agrees, check_paths, complete_deepspeed_config
+
+
+@pytest.fixture
+def flags(tmp_path):
+    (tmp_path / "data.json").write_text("[]")
+    for name in ("lm", "tower"):
+        (tmp_path / name).mkdir()
+    return [
+        *("--model_name_or_path", str(tmp_path / "lm"), "--vision_tower", str(tmp_path / "tower")),
+        *("--data_path", str(tmp_path / "data.json"), "--output_dir", str(tmp_path / "out"), "--use_cpu", "True"),
+    ]
+
+
+@pytest.mark.parametrize("flag", ["model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter"])
+def test_trained_model_does_not_replace_what_the_run_starts_from(flags, flag, tmp_path):
+    folder = tmp_path / "lm"
+    (folder / "mm_projector.safetensors").touch()
+    with pytest.raises(UserError, match=f"holds what --{flag} starts from"):
+        given = folder / "mm_projector.bin" if flag == "pretrain_mm_mlp_adapter" else folder
+        other = ["--model_name_or_path", str(tmp_path / "tower"), f"--{flag}", str(given)]
+        check_paths(parse_arguments([*flags, *other, "--output_dir", f"{folder}/../lm"]))
+
+
+def test_output_beside_the_inputs_is_fine(flags):
+    check_paths(parse_arguments(flags))
+
+
+# DeepSpeed's settings
+
+
+def test_zero3_always_gathers_the_weights_that_it_saves(caplog):
+    """Without it DeepSpeed writes shards that no `from_pretrained` reads, and transformers only warns."""
+    given = {"zero_optimization": {"stage": 3, "overlap_comm": True}}
+    with caplog.at_level(logging.WARNING, "llava_saep"):
+        completed = complete_deepspeed_config(given)
+    zero = {"stage": 3, "overlap_comm": True, "stage3_gather_16bit_weights_on_model_save": True}
+    assert completed == {"zero_optimization": zero}
+    assert "stage3_gather_16bit_weights_on_model_save is set to true" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "zero", [{"stage": 2}, {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}], ids=["zero2", "zero3"]
+)
+def test_other_settings_stay_as_they_are(zero, caplog):
+    with caplog.at_level(logging.WARNING, "llava_saep"):
+        assert complete_deepspeed_config({"zero_optimization": zero}) == {"zero_optimization": zero}
+    assert complete_deepspeed_config({"fp16": {"enabled": False}}) == {"fp16": {"enabled": False}}
+    assert not caplog.records
+
+
+def joined(tmp_path, **settings):
+    """Settings and flags after transformers has compared them, as TrainingArguments leaves them."""
+    arguments = transformers.TrainingArguments(str(tmp_path / "out"), use_cpu=True, per_device_train_batch_size=2)
+    config = HfTrainerDeepSpeedConfig({"zero_optimization": {"stage": 2}, **settings})
+    config.trainer_config_process(arguments)
+    return SimpleNamespace(hf_deepspeed_config=config)
+
+
+def test_settings_that_contradict_a_flag_are_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match="train_micro_batch_size_per_gpu=7 against --per_device_train_batch_size=2"):
+        check_deepspeed_agrees(joined(tmp_path, train_micro_batch_size_per_gpu=7))
+
+
+@pytest.mark.parametrize("batch_size", [2, "auto"])
+def test_settings_that_agree_with_the_flags_are_taken(tmp_path, batch_size):
+    check_deepspeed_agrees(joined(tmp_path, train_micro_batch_size_per_gpu=batch_size))
+    check_deepspeed_agrees(SimpleNamespace(hf_deepspeed_config=None))
