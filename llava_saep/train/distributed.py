@@ -48,6 +48,11 @@ def is_rank_zero() -> bool:
     return rank() == 0
 
 
+def is_first_of_machine() -> bool:
+    """Whether this process speaks for its machine; a launcher without LOCAL_RANK is taken to run on one machine."""
+    return int(os.environ.get("LOCAL_RANK", rank())) == 0
+
+
 class _RankZeroFilter(logging.Filter):
     """Let other ranks speak of errors alone, since they repeat what rank 0 says."""
 

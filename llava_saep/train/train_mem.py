@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from llava_saep.train import distributed
 from projectors import ProjectorError
 
 MISTAKE_EXIT_CODE = 2
+GRACE_SECONDS = 3.0
+"""How long ranks that say nothing stay, since the launcher ends all others as soon as one of them has failed."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments without the program; None: those of this process.
     Returns:
-        the exit code: 0, or 2 after a mistake that the user can correct. Its message is printed once, by rank 0, or
-        by the rank that met it alone. Any other failure raises, so that the launcher sees this rank fail.
+        the exit code: 0, or 2 after a mistake that the user can correct. Its message is printed once on each machine,
+        or by the rank that met it alone. Any other failure raises, so that the launcher sees this rank fail.
     """
     distributed.configure_logging()
     distributed.quieten_libraries()
@@ -39,8 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         train(parse_arguments(argv))
     except (UserError, ProjectorError) as error:
-        if distributed.is_rank_zero() or isinstance(error, RankError):
+        # Each machine has its launcher, which may end this rank before another machine's has spoken.
+        if distributed.is_first_of_machine() or isinstance(error, RankError):
             print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(GRACE_SECONDS)
         return MISTAKE_EXIT_CODE
     finally:
         distributed.leave_process_group()
