@@ -31,13 +31,15 @@ SWITCHES_OF_LAUNCHER = ("--no_ssh", "--no_ssh_check", "--force_multi", "--bind_c
 
 def main(argv: Sequence[str]) -> int:
     """Check the flags, train with one process or start the ranks, and return the exit code."""
-    if not argv or {"-h", "--help"} & set(argv):
+    if not argv:
+        raise UserError("no flags were given; `llava-saep train --help` lists them")
+    if {"-h", "--help"} & set(argv):
         print_help()
-        return 0 if argv else 2
+        return 0
     launch, training_flags = split_flags(argv)
     check_training_flags(training_flags)
     num_processes = launch.num_processes
-    if num_processes is None and not launch.hostfile:
+    if num_processes is None and not (launch.hostfile or launch.include or launch.exclude):
         num_processes = default_num_processes()
     own_flags = launcher_flags(launch)
     if needs_no_launcher(num_processes, own_flags):
@@ -72,11 +74,15 @@ def split_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Separate the launcher's flags from those of the training script.
 
     Raises:
-        UserError: fewer than one process, or a hostfile that is not there (the launcher would go on without it).
+        UserError: fewer than one process, both a number and a choice of GPUs (the launcher takes one of them), or a
+            hostfile that is not there (the launcher would go on without it).
     """
     launch, training_flags = launcher_parser().parse_known_args(argv)
     if launch.num_processes is not None and launch.num_processes < 1:
         raise UserError(f"--num_processes must be at least 1, got {launch.num_processes}")
+    for flag, chosen in (("--include", launch.include), ("--exclude", launch.exclude)):
+        if chosen and launch.num_processes is not None:
+            raise UserError(f"--num_processes {launch.num_processes} contradicts {flag} {chosen}; drop one of them")
     if launch.hostfile and not Path(launch.hostfile).is_file():
         raise UserError(f"--hostfile {launch.hostfile}: no such file; it has one line 'name slots=GPUS' per machine")
     return launch, training_flags

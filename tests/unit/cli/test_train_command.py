@@ -55,6 +55,23 @@ def test_hostfile_decides_the_number_of_processes(flags, started, tmp_path):
     assert command[3:5] == ["--hostfile", str(hostfile)]
 
 
+@pytest.mark.parametrize("choice", [["--include", "localhost:0"], ["--exclude", "localhost:1"]])
+def test_chosen_gpus_decide_the_number_of_processes(choice, flags, started):
+    """The launcher refuses a number beside a choice."""
+    assert main(["train", *choice, *flags]) == 0
+    command = started[0][0]
+    assert "--num_gpus" not in command
+    assert command[3:5] == choice
+
+
+def test_no_flags_at_all_end_in_one_line(started, capsys):
+    assert main(["train"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1 and "llava-saep train --help" in said.err
+    assert started == []
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -62,6 +79,8 @@ def test_hostfile_decides_the_number_of_processes(flags, started, tmp_path):
         (["--learning_rtae", "1"], "Did you mean --learning_rate"),
         (["--data_path", "absent.json"], "absent.json"),
         (["--num_processes", "0"], "--num_processes must be at least 1"),
+        (["--include", "localhost:0"], "--num_processes 2 contradicts --include localhost:0"),
+        (["--exclude", "localhost:0"], "--num_processes 2 contradicts --exclude localhost:0"),
         (["--hostfile", "absent"], "--hostfile absent: no such file"),
     ],
 )
