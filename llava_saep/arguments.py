@@ -13,8 +13,9 @@ import difflib
 import functools
 import importlib.util
 import logging
+import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -121,6 +122,22 @@ class TrainingArguments(transformers.TrainingArguments):
         default="auto",
         metadata={"help": "auto: from the newest complete checkpoint in --output_dir; never; or a checkpoint's path"},
     )
+
+
+ATTENTION_NAMES = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+"""What `--attn_implementation` takes, beside kernels of the hub ("owner/name")."""
+
+_AT_LEAST_ONE = "per_device_train_batch_size gradient_accumulation_steps model_max_length lora_r lora_alpha".split()
+_NOT_NEGATIVE = "learning_rate mm_projector_lr weight_decay warmup_steps dataloader_num_workers adam_epsilon".split()
+_RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
+    **dict.fromkeys(_AT_LEAST_ONE, (lambda value: value >= 1, "at least 1")),
+    **dict.fromkeys(_NOT_NEGATIVE, (lambda value: 0 <= value < math.inf, "0 or more")),
+    "num_train_epochs": (lambda value: 0 < value < math.inf, "more than 0"),
+    **dict.fromkeys(
+        ("lora_dropout", "adam_beta1", "adam_beta2"), (lambda value: 0 <= value < 1, "0 or more, and less than 1")
+    ),
+}
+"""Flag -> whether a value is possible, and the same in words; written so that NaN is not."""
 
 
 def own_flags() -> tuple[str, ...]:
@@ -283,6 +300,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
     if notes:
         logger.warning("flags of an earlier transformers were translated: %s", "; ".join(notes))
     _refuse_unsupported(namespace)
+    _refuse_out_of_range(namespace)
+    _refuse_absent_attention(namespace.attn_implementation)
     _warn_without_effect(namespace)
     return RunConfig(model=_model_config(namespace), data=_data_config(namespace), training=_training_config(namespace))
 
@@ -313,6 +332,29 @@ def _refuse_unsupported(flags: argparse.Namespace) -> None:
         raise UserError("--fsdp is not supported; use --deepspeed with a file of deepspeed_configs/")
     if flags.bf16 and flags.fp16:
         raise UserError("--bf16 and --fp16 are both True; choose one (bf16 where the GPU has it)")
+
+
+def _refuse_out_of_range(flags: argparse.Namespace) -> None:
+    """Stop at numbers that torch, peft or the Trainer would trip over, much later and without the flag's name."""
+    for name, (is_possible, expected) in _RANGES.items():
+        value = getattr(flags, name)
+        if value is not None and not is_possible(value):
+            raise UserError(f"--{name} {value}: expected {expected}")
+
+
+def _refuse_absent_attention(name: str | None) -> None:
+    """Stop at attention that transformers does not know, or cannot run here, before any weights are read."""
+    if name is None or "/" in name:  # a kernel from the hub, which transformers looks up itself
+        return
+    if name not in ATTENTION_NAMES:
+        raise UserError(f"--attn_implementation {name}: expected one of {', '.join(ATTENTION_NAMES)}")
+    is_available = getattr(transformers.utils, f"is_{name.replace('flash_attention', 'flash_attn')}_available", None)
+    # With the package `kernels`, transformers takes the hub's build of flash attention.
+    if is_available is None or is_available() or importlib.util.find_spec("kernels") is not None:
+        return
+    raise UserError(
+        f"--attn_implementation {name}: its package is not installed, or has no GPU here; use sdpa, or install it"
+    )
 
 
 def _warn_without_effect(flags: argparse.Namespace) -> None:

@@ -256,6 +256,65 @@ def test_mistake_ends_in_one_message(flags, message, monkeypatch):
         parse_arguments([*REQUIRED, *flags.split()])
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "expected"),
+    [
+        ("learning_rate", "-1", "0 or more"),
+        ("learning_rate", "nan", "0 or more"),
+        ("learning_rate", "inf", "0 or more"),
+        ("mm_projector_lr", "-0.001", "0 or more"),
+        ("weight_decay", "-0.1", "0 or more"),
+        ("warmup_ratio", "-0.1", "0 or more"),
+        ("dataloader_num_workers", "-1", "0 or more"),
+        ("adam_epsilon", "-0.001", "0 or more"),
+        ("adam_beta1", "1", "less than 1"),
+        ("adam_beta2", "-0.5", "less than 1"),
+        ("per_device_train_batch_size", "0", "at least 1"),
+        ("gradient_accumulation_steps", "0", "at least 1"),
+        ("model_max_length", "0", "at least 1"),
+        ("num_train_epochs", "0", "more than 0"),
+        ("lora_r", "0", "at least 1"),
+        ("lora_alpha", "-16", "at least 1"),
+        ("lora_dropout", "2", "less than 1"),
+        ("lora_dropout", "1", "less than 1"),
+    ],
+)
+def test_impossible_number_is_refused_by_its_flag(flag, value, expected):
+    name = {"warmup_ratio": "warmup_steps"}.get(flag, flag)
+    with pytest.raises(UserError, match=rf"--{name} \S+: expected .*{expected}"):
+        parse_arguments([*REQUIRED, "--lora_enable", "True", f"--{flag}", value])
+
+
+def test_smallest_possible_numbers_are_taken():
+    flags = "--learning_rate 0 --mm_projector_lr 0 --lora_r 1 --lora_dropout 0 --gradient_accumulation_steps 1"
+    assert parse_arguments([*REQUIRED, "--lora_enable", "True", *flags.split()]).training.lora.rank == 1
+
+
+def test_unknown_attention_is_named_with_those_that_exist():
+    with pytest.raises(UserError, match="--attn_implementation foo: expected one of eager, sdpa, "):
+        parse_arguments([*REQUIRED, "--attn_implementation", "foo"])
+
+
+@pytest.mark.parametrize("version", [2, 3, 4])
+def test_flash_attention_needs_its_package_or_the_hubs_kernels(version, monkeypatch):
+    flags = [*REQUIRED, "--attn_implementation", f"flash_attention_{version}"]
+    available = f"transformers.utils.is_flash_attn_{version}_available"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(available, lambda: False)
+    with pytest.raises(UserError, match=f"flash_attention_{version}: its package is not installed"):
+        parse_arguments(flags)
+    monkeypatch.setattr(available, lambda: True)
+    assert parse_arguments(flags).model.attn_implementation == f"flash_attention_{version}"
+    monkeypatch.setattr(available, lambda: False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "kernels" else None)
+    assert parse_arguments(flags).model.attn_implementation == f"flash_attention_{version}"
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa", "flex_attention", "kernels-community/flash-attn"])
+def test_attention_that_needs_no_package_is_taken(name):
+    assert parse_arguments([*REQUIRED, "--attn_implementation", name]).model.attn_implementation == name
+
+
 @pytest.mark.parametrize("missing", ["model_name_or_path", "data_path", "output_dir"])
 def test_missing_flag_is_named(missing):
     at = REQUIRED.index(f"--{missing}")
