@@ -268,9 +268,16 @@ def plan_model(config: RunConfig) -> tuple[LlavaSaepProcessor, LlavaSaepConfig]:
 
 
 def _plan_from_saved(config: RunConfig, base: LlavaSaepConfig) -> tuple[LlavaSaepProcessor, LlavaSaepConfig]:
-    """Plan a run that goes on from a saved model: its tower, its tokenizer, and its projector unless one is named."""
+    """Plan a run that goes on from a saved model: its tower, its tokenizer, and its projector unless one is named.
+
+    Raises:
+        UserError: a flag asks for another tower, or for other layers of it than the kept projector reads.
+    """
     planned = copy.deepcopy(base)
-    if not config.model.keeps_saved_projector:
+    _check_saved_tower(config.model, base)
+    if config.model.keeps_saved_projector:
+        _check_saved_projector(config.model, base)
+    else:
         remember_selection(config.model.projector)
         planned.projector = config.model.projector.to_dict()
     saved = load_processor(config.model.language_model)
@@ -283,6 +290,39 @@ def _plan_from_saved(config: RunConfig, base: LlavaSaepConfig) -> tuple[LlavaSae
     )
     processor.tokenizer.padding_side = "right"
     return processor, planned
+
+
+def _check_saved_tower(model: ModelConfig, base: LlavaSaepConfig) -> None:
+    """Refuse a tower that is not the saved model's own, which would otherwise be silently used in its place."""
+    own = base.vision_tower_name_or_path
+    accepted = {_as_lasting_path(path) for path in (own, model.language_model) if path is not None}
+    if model.vision_tower is not None and _as_lasting_path(model.vision_tower) not in accepted:
+        raise UserError(
+            f"--vision_tower {model.vision_tower}: the model in {model.language_model} brings its own tower (from "
+            f"{own}); drop --vision_tower, or start from a language model"
+        )
+
+
+def _check_saved_projector(model: ModelConfig, base: LlavaSaepConfig) -> None:
+    """Refuse options from flags on the tower's layers that the saved projector, which is kept, does not have.
+
+    LLaVA's scripts always name a single layer; a projector that combines several ignores it, as a fresh one does.
+    """
+    num_states = base.vision_config.num_hidden_layers + 1  # the embeddings' state comes first
+    asked, kept = model.projector.options, base.projector_config
+    layers = [layer % num_states for layer in asked.get("vision_layers", kept.vision_layers)]
+    kept_layers = [layer % num_states for layer in kept.vision_layers]
+    name = base.projector["name"]
+    advice = f"name it to start a fresh one (--mm_projector_type {name}), or drop the flag"
+    if len(layers) == 1 < len(kept_layers):
+        logger.warning("--mm_vision_select_layer is not applied: the saved %s combines several layers", name)
+    elif layers != kept_layers:
+        raise UserError(
+            f"--mm_vision_select_layer: the saved {name} projector reads layer(s) {list(kept.vision_layers)} and not "
+            f"{list(asked['vision_layers'])}; {advice}"
+        )
+    if asked.get("keep_cls_token", False) and not kept.keep_cls_token:
+        raise UserError(f"--mm_vision_select_feature cls_patch: the saved {name} projector reads none; {advice}")
 
 
 def build_dataset(
