@@ -205,7 +205,8 @@ def check_deepspeed_agrees(arguments: TrainingArguments) -> None:
     Raises:
         UserError: names each setting and flag that differ.
     """
-    if arguments.hf_deepspeed_config is None or not arguments.hf_deepspeed_config.mismatches:
+    # transformers makes the config's attribute only where there is a config
+    if not arguments.deepspeed or not arguments.hf_deepspeed_config.mismatches:
         return
     differences = "; ".join(line.removeprefix("- ds ") for line in arguments.hf_deepspeed_config.mismatches)
     differences = differences.replace(" vs hf ", " against --")

@@ -65,7 +65,7 @@ def joined(tmp_path, **settings):
     arguments = transformers.TrainingArguments(str(tmp_path / "out"), use_cpu=True, per_device_train_batch_size=2)
     config = HfTrainerDeepSpeedConfig({"zero_optimization": {"stage": 2}, **settings})
     config.trainer_config_process(arguments)
-    return SimpleNamespace(hf_deepspeed_config=config)
+    return SimpleNamespace(deepspeed=config.config, hf_deepspeed_config=config)
 
 
 def test_settings_that_contradict_a_flag_are_refused_by_name(tmp_path):
@@ -76,4 +76,7 @@ def test_settings_that_contradict_a_flag_are_refused_by_name(tmp_path):
 @pytest.mark.parametrize("batch_size", [2, "auto"])
 def test_settings_that_agree_with_the_flags_are_taken(tmp_path, batch_size):
     check_deepspeed_agrees(joined(tmp_path, train_micro_batch_size_per_gpu=batch_size))
-    check_deepspeed_agrees(SimpleNamespace(hf_deepspeed_config=None))
+
+
+def test_run_without_deepspeed_has_no_settings_to_compare(tmp_path):
+    check_deepspeed_agrees(transformers.TrainingArguments(str(tmp_path / "out"), use_cpu=True))
