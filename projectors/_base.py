@@ -32,6 +32,21 @@ class PatchGrid(NamedTuple):
         return f"{self.height}x{self.width}"
 
 
+def refuse_small_grid(grid: PatchGrid, num_queries: int = 1) -> None:
+    """Refuse an empty grid, or one that holds fewer patches than a projector shall make tokens of by pooling.
+
+    Raises:
+        ProjectorError: names the grid.
+    """
+    if min(grid.height, grid.width) < 1:
+        raise ProjectorError(f"a {grid} grid holds no patch; expected at least one in height and in width")
+    if grid.num_patches < num_queries:
+        raise ProjectorError(
+            f"a {grid} grid holds {grid.num_patches} patches, fewer than num_queries {num_queries}: pooling would only "
+            f"repeat them. Choose num_queries of at most {grid.num_patches}, or larger images."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProjectorConfig:
     """What every projector is told: the two widths, which hidden states to read, and whether to keep the class token.
@@ -67,7 +82,12 @@ class ProjectorConfig:
         raise NotImplementedError(f"{type(self).__name__} does not define num_output_tokens")
 
     def num_input_tokens(self, grid: PatchGrid) -> int:
-        """Tokens that `forward` expects from each layer: the patches, and the class token when it is kept."""
+        """Tokens that `forward` expects from each layer: the patches, and the class token when it is kept.
+
+        Raises:
+            ProjectorError: the grid holds no patch.
+        """
+        refuse_small_grid(grid)
         return grid.height * grid.width + int(self.keep_cls_token)
 
     @property

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ._base import PatchGrid, Projector, ProjectorConfig
+from ._base import PatchGrid, Projector, ProjectorConfig, refuse_small_grid
 from ._errors import ProjectorError
 from ._options import option
 from ._registry import register_projector
@@ -20,7 +20,7 @@ from .layers import build_mlp, map_to_tokens, reset_module, tokens_to_map
 
 @dataclass(frozen=True, kw_only=True)
 class AvgPoolConfig(ProjectorConfig):
-    """Any grid gives num_queries tokens; the original takes square grids only."""
+    """Any grid of at least num_queries patches gives num_queries tokens; the original takes square grids only."""
 
     num_queries: int = option(144, "tokens per image, a square number", minimum=1)
     depth: int = option(2, "number of Linear layers after the pooling, with GELU between each two", minimum=1)
@@ -32,6 +32,7 @@ class AvgPoolConfig(ProjectorConfig):
             raise ProjectorError(f"AvgPoolConfig.num_queries: got {self.num_queries}, expected a square number")
 
     def num_output_tokens(self, grid: PatchGrid) -> int:
+        refuse_small_grid(grid, self.num_queries)
         return self.num_queries
 
     @classmethod
@@ -63,6 +64,7 @@ class AvgPoolProjector(Projector):
 
     def forward(self, features: Sequence[Tensor], grid: PatchGrid) -> Tensor:
         self.check_features(features, grid)
+        refuse_small_grid(grid, self.config.num_queries)
         feature_map = tokens_to_map(torch.cat(tuple(features), dim=2), grid)
         side = math.isqrt(self.config.num_queries)
         return self.mlp(map_to_tokens(functional.adaptive_avg_pool2d(feature_map, (side, side))))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ._base import PatchGrid, Projector, ProjectorConfig
+from ._base import PatchGrid, Projector, ProjectorConfig, refuse_small_grid
 from ._errors import ProjectorError
 from ._options import option
 from ._registry import register_projector
@@ -37,7 +37,9 @@ _SQUEEZE_RATIO = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class CAbstractorConfig(ProjectorConfig):
-    """Any grid gives num_queries (+ num_eos_tokens) tokens; learned positions are interpolated to it.
+    """A grid gives num_queries (+ num_eos_tokens) tokens and needs as many patches as num_queries says.
+
+    Learned positions are interpolated to it.
 
     Honeybee reads the last hidden state (`vision_layers=[-1]`); the default here is the package's.
     """
@@ -63,6 +65,7 @@ class CAbstractorConfig(ProjectorConfig):
             raise ProjectorError(f"CAbstractorConfig.num_queries: got {self.num_queries}, expected a square number")
 
     def num_output_tokens(self, grid: PatchGrid) -> int:
+        refuse_small_grid(grid, self.num_queries)
         return self.num_queries + self.num_eos_tokens
 
     @classmethod
@@ -120,7 +123,8 @@ def build_stage(in_channels: int, channels: int, depth: int) -> nn.Sequential:
 class CAbstractor(Projector):
     """Position embedding, blocks, AdaptiveAvgPool2d(sqrt(num_queries)), blocks, `readout_depth` Linear with SiLU.
 
-    Unlike the original it takes any grid (positions are interpolated) and leaves the caller's features unchanged.
+    Unlike the original it takes other grids than its own (positions are interpolated) and leaves the caller's
+    features unchanged.
 
     Source: Honeybee `honeybee/projectors/projectors.py` at 2658d5a21fe4eb7cb17066dec3f7fa1efa7a65ef (Apache-2.0).
     """
@@ -152,6 +156,7 @@ class CAbstractor(Projector):
 
     def forward(self, features: Sequence[Tensor], grid: PatchGrid) -> Tensor:
         self.check_features(features, grid)
+        refuse_small_grid(grid, self.config.num_queries)
         tokens = self.prenorm(torch.cat(tuple(features), dim=2))
         if self.pos_emb is not None:
             positions = resize_positions(self.pos_emb, PatchGrid(*self.config.position_grid), grid)

@@ -34,6 +34,7 @@ from ._registry import BUILT_IN, ProjectorSelection, ProjectorSpec, select_proje
 
 _VISION_HIDDEN_SIZE, _TEXT_HIDDEN_SIZE, _NUM_VISION_LAYERS = 16, 24, 6
 _GRIDS = (PatchGrid(6, 6), PatchGrid(4, 4), PatchGrid(7, 7), PatchGrid(4, 6), PatchGrid(6, 4), PatchGrid(5, 3))
+_LARGE_GRID = PatchGrid(24, 24)  # for projectors that refuse all of these
 _BATCH_SIZE = 3
 _BF16_RELATIVE_ERROR = 0.05  # about six roundings of 2**-8 in sequence
 _OPTIONAL_PACKAGES = ("transformers", "llava_saep", "deepspeed", "peft", "accelerate", "timm", "torchvision", "einops")
@@ -166,9 +167,10 @@ def _make_subject(
     spec = asked.spec
     selection = select_projector(spec.name, spec.config_class.tiny_options() | dict(asked.options))
     config = _tiny_config(selection)
-    grid = next((grid for grid in _GRIDS if _takes(config, grid)), None)
+    grids = (*_GRIDS, _LARGE_GRID)
+    grid = next((grid for grid in grids if _takes(config, grid)), None)
     if grid is None:
-        raise ProjectorError(f"projector {spec.name!r} takes none of the grids {', '.join(map(str, _GRIDS))}")
+        raise ProjectorError(f"projector {spec.name!r} takes none of the grids {', '.join(map(str, grids))}")
     return _Subject(spec, selection, config, grid, compile)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ._base import PatchGrid, Projector, ProjectorConfig
+from ._base import PatchGrid, Projector, ProjectorConfig, refuse_small_grid
 from ._errors import ProjectorError
 from ._options import option
 from ._registry import register_projector
@@ -48,6 +48,7 @@ class QFormerConfig(ProjectorConfig):
             )
 
     def num_output_tokens(self, grid: PatchGrid) -> int:
+        refuse_small_grid(grid)
         return self.num_queries
 
     @classmethod

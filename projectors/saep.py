@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ._base import PatchGrid, Projector, ProjectorConfig
+from ._base import PatchGrid, Projector, ProjectorConfig, refuse_small_grid
 from ._errors import ProjectorError
 from ._options import option
 from ._registry import register_projector
@@ -119,6 +119,7 @@ class SAEPConfig(ProjectorConfig):
         return {"position_grid": [4, 4]}
 
     def num_output_tokens(self, grid: PatchGrid) -> int:
+        refuse_small_grid(grid)
         return -(-grid.height // self.stride) * -(-grid.width // self.stride)
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from projectors import PatchGrid, select_projector
+from projectors import PatchGrid, ProjectorError, projector_spec, select_projector
+from projectors.conformance import check_projector
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -78,6 +79,31 @@ def test_number_of_queries_must_be_square(name):
         build(name, {"num_queries": 5})
 
 
+@pytest.mark.parametrize("name", ["avg_pool", "c_abstractor"])
+def test_fewer_patches_than_queries_are_refused_by_count_and_by_forward(name):
+    options = {"num_queries": 9} | ({"hidden_size": 16, "depth": 1} if name == "c_abstractor" else {})
+    projector = build(name, options)
+    assert projector.config.num_output_tokens(PatchGrid(3, 3)) == 9
+    with pytest.raises(ProjectorError, match="2x4 grid holds 8 patches, fewer than num_queries 9"):
+        projector.config.num_output_tokens(PatchGrid(2, 4))
+    with pytest.raises(ProjectorError, match="2x4 grid"):
+        projector([torch.zeros(1, 8, 8)], PatchGrid(2, 4))
+
+
+@pytest.mark.parametrize("name", ["avg_pool", "c_abstractor", "identity", "linear", "mlp", "qformer", "saep"])
+@pytest.mark.parametrize("grid", [PatchGrid(0, 4), PatchGrid(4, 0)])
+def test_empty_grids_are_refused_by_count_and_by_forward(name, grid):
+    projector = build(name, projector_spec(name).config_class.tiny_options(), text_hidden_size=8)
+    with pytest.raises(ProjectorError, match=f"{grid} grid holds no patch"):
+        projector.config.num_output_tokens(grid)
+    with pytest.raises(ProjectorError, match=f"{grid} grid holds no patch"):
+        projector([torch.zeros(1, 0, 8) for _ in projector.config.vision_layers], grid)
+
+
+def test_many_queries_can_be_checked_for_conformance():
+    check_projector("avg_pool", {"num_queries": 144}, checks=["output_has_the_promised_shape"]).raise_if_failed()
+
+
 def test_c_abstractor_positions_are_interpolated_on_another_grid():
     options = {"num_queries": 4, "hidden_size": 16, "depth": 1, "position_grid": [4, 4]}
     projector = build("c_abstractor", options)
@@ -94,8 +120,6 @@ def test_c_abstractor_positions_are_interpolated_on_another_grid():
 
 @pytest.mark.parametrize("options", [{"prenorm": True}, {"num_eos_tokens": 2}, {"depth": 0}, {"init": "trunc_normal"}])
 def test_c_abstractor_options_keep_the_contract(options):
-    from projectors.conformance import check_projector
-
     check_projector("c_abstractor", options).raise_if_failed()
 
 
