@@ -13,7 +13,8 @@ import importlib.metadata
 import importlib.util
 import pkgutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -92,7 +93,7 @@ class ProjectorSelection:
         selection = select_projector(
             provider if is_own_code else stored["name"], stored.get("options"), trust_projector_code
         )
-        if (selection.name, selection.provider) != (stored["name"], provider):
+        if (selection.name, selection.provider) != (stored["name"], _lasting_spelling(provider)):
             raise ProjectorError(
                 f"stored projector {stored['name']!r} came from {provider!r}, but here that is "
                 f"{selection.name!r} from {selection.provider!r}"
@@ -329,6 +330,7 @@ def _find_own_code(spelling: str, trust_projector_code: bool) -> ProjectorSpec:
             f"projector {spelling!r} is code outside this package, and importing it runs it. If you trust that code, "
             "say so with --trust_projector_code (trust_projector_code=True in Python)."
         )
+    spelling = _lasting_spelling(spelling)
     module_name, _, class_name = spelling.rpartition(":")
     with _ProviderScope(spelling):
         module = _import_file(Path(module_name)) if module_name.endswith(".py") else _import_module(module_name)
@@ -342,18 +344,39 @@ def _find_own_code(spelling: str, trust_projector_code: bool) -> ProjectorSpec:
     return spec_of_class(module_class)
 
 
+def _lasting_spelling(spelling: str) -> str:
+    """`path/to/file.py:Class` with the whole path, which holds from every folder; other spellings stay."""
+    path, _, class_name = spelling.rpartition(":")
+    return f"{Path(path).resolve()}:{class_name}" if path.endswith(".py") else spelling
+
+
 def _is_projector_class(value: Any) -> bool:
     return isinstance(value, type) and issubclass(value, Projector) and value is not Projector
 
 
-def _import_module(name: str) -> ModuleType:
+@contextmanager
+def _explaining_broken_code(name: str) -> Iterator[None]:
+    """Turn the errors of code that cannot even be read, or that imports what is absent, into a ProjectorError."""
     try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
+        yield
+    except SyntaxError as error:
+        place = f"{error.filename}, line {error.lineno}"
+        raise ProjectorError(f"cannot import {name!r} for a projector: {place}: {error.msg}") from error
+    except ImportError as error:
         raise ProjectorError(
-            f"cannot import {name!r} for a projector: {error}. The module must be on PYTHONPATH; a file can be named "
-            "directly as 'path/to/file.py:Class'."
+            f"cannot import {name!r} for a projector: {error}. What it names must be on PYTHONPATH; a file can be "
+            "named directly as 'path/to/file.py:Class'."
         ) from error
+
+
+def _import_module(name: str) -> ModuleType:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ProjectorError(
+            f"cannot import {name!r} for a projector: that is no name of a module, such as 'package.module'. A file is "
+            "named with its ending, as 'path/to/file.py:Class'."
+        )
+    with _explaining_broken_code(name):
+        return importlib.import_module(name)
 
 
 def _import_file(path: Path) -> ModuleType:
@@ -368,7 +391,8 @@ def _import_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[name] = module
     try:
-        module_spec.loader.exec_module(module)
+        with _explaining_broken_code(str(path)):
+            module_spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise

@@ -173,6 +173,8 @@ def test_own_module_on_the_path(own_file, monkeypatch):
     [
         ("no_such_package.module:Class", ("no_such_package", "PYTHONPATH")),
         ("/no/such/file.py:Class", ("/no/such/file.py", "no such file")),
+        (":Class", ("''", "no name of a module", "file.py:Class")),
+        ("./blur:Blur", ("./blur", "no name of a module", "file.py:Class")),
         ("{path}:Other", ("Other", "Blur", "Undecorated")),
         ("{path}:Undecorated", ("Undecorated", "@register_projector")),
     ],
@@ -181,6 +183,28 @@ def test_unusable_own_code_is_explained(own_file, spelling, words):
     with pytest.raises(ProjectorError) as error:
         select_projector(spelling.format(path=own_file), trust_projector_code=True)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize("source, words", [("x = (\n", "broken.py, line 1"), ("import no_such_lab\n", "no_such_lab")])
+@pytest.mark.parametrize("spelling", ["{path}:Blur", "broken:Blur"])
+def test_code_that_cannot_be_imported_is_named_with_its_place(own_file, monkeypatch, spelling, source, words):
+    path = own_file.with_name("broken.py")
+    path.write_text(source)
+    monkeypatch.syspath_prepend(path.parent)
+    with pytest.raises(ProjectorError, match=words):
+        select_projector(spelling.format(path=path), trust_projector_code=True)
+    assert "broken" not in sys.modules
+
+
+def test_a_file_is_stored_with_its_whole_path(own_file, monkeypatch):
+    """What is written down must be found from another working folder too."""
+    monkeypatch.chdir(own_file.parent)
+    selection = select_projector("blur.py:Blur", trust_projector_code=True)
+    assert selection.provider == f"{own_file.resolve()}:Blur"
+    older = {"name": "blur", "provider": "blur.py:Blur", "options": {}}  # as earlier checkpoints have it
+    assert ProjectorSelection.from_dict(older, trust_projector_code=True) == selection
+    monkeypatch.chdir("/")
+    assert ProjectorSelection.from_dict(selection.to_dict(), trust_projector_code=True) == selection
 
 
 def test_stored_selection_does_not_import_code_without_consent(own_file):
