@@ -8,6 +8,8 @@ whose PIL back end gives the values that LLaVA's towers saw; torchvision is not 
 import functools
 import logging
 import os
+import struct
+import zlib
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -26,6 +28,21 @@ MAX_IMAGE_PIXELS = 178_956_970
 
 MAX_SIDE_RATIO = 200
 """Longest over shortest side. A thinner image would be resized to a strip of gigabytes before its centre is cut out."""
+
+_DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    NotImplementedError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+)
+"""What Pillow's decoders raise on damaged files, and on kinds of them that they do not know."""
 
 
 def load_image(path: str | os.PathLike[str], *, apply_exif_orientation: bool = False) -> Image.Image:
@@ -50,8 +67,7 @@ def load_image(path: str | os.PathLike[str], *, apply_exif_orientation: bool = F
         raise UserError(f"{path}: refused as a possible decompression bomb ({error})") from error
     except UserError:
         raise
-    # Pillow's decoders raise all of these on damaged files.
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, OverflowError) as error:
+    except _DECODER_ERRORS as error:
         raise UserError(f"{path}: cannot be read as an image ({error}); replace the file or leave it out") from error
 
 

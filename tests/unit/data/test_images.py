@@ -2,11 +2,14 @@
 
 import hashlib
 import logging
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from transformers import SiglipImageProcessorPil
 
 from llava_saep.data import images
@@ -117,6 +120,19 @@ def test_damaged_files_end_in_a_user_error_or_an_image(tmp_path, file_format):
             assert load_image(damaged).mode == "RGB"
         except UserError as error:
             assert "damaged." in str(error)
+
+
+@pytest.mark.parametrize(
+    "error", [NotImplementedError(), MemoryError(), struct.error(), zlib.error()]
+)
+def test_every_error_of_a_decoder_is_a_user_error(tmp_path, monkeypatch, error):
+    def fail(self):
+        raise error
+
+    path = _png(tmp_path / "odd.png")
+    monkeypatch.setattr(PngImageFile, "load", fail)
+    with pytest.raises(UserError, match="odd.png: cannot be read as an image"):
+        load_image(path)
 
 
 def test_other_files_and_folders_are_named(tmp_path):
