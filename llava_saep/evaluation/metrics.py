@@ -1,22 +1,15 @@
 """Scoring of freely generated answers: pure functions of words and counts."""
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from llava_saep.evaluation.questions import Question
+from llava_saep.evaluation.words import normalized_words
 
 Z_95 = 1.959963984540054
 """Two-sided 95 % quantile of the standard normal distribution."""
-
-_WORD = re.compile(r"\w+(?:['’-]\w+)*")
-
-
-def normalized_words(text: str) -> list[str]:
-    """Lower-case words of a text, without punctuation: `"Yes , Top-Left."` -> `["yes", "top-left"]`."""
-    return _WORD.findall(text.casefold())
 
 
 def ends_with_answer(generated: str, answer: str) -> bool:

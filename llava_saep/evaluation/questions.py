@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_saep.errors import UserError
+from llava_saep.evaluation.words import normalized_words
 
 DEFAULT_CATEGORY = "default"
 """What LLaVA's own question files call their one category."""
@@ -62,12 +63,15 @@ def _parse_question(line: str, place: str) -> Question:
     question_id = record.get("question_id")
     if isinstance(question_id, bool) or not isinstance(question_id, str | int):
         raise UserError(f"{place}: question_id must be a string or an integer, found {question_id!r}.")
+    answer = _text_field(record, "answer", place)
+    if answer is not None and not normalized_words(answer):
+        raise UserError(f"{place}: answer {answer!r} holds no word to compare with. Leave it out to score nothing.")
     return Question(
         question_id=question_id,
         text=_text_field(record, "text", place, required=True),
         image=_text_field(record, "image", place),
         category=_text_field(record, "category", place) or DEFAULT_CATEGORY,
-        answer=_text_field(record, "answer", place),
+        answer=answer,
         reference=_text_field(record, "reference", place),
     )
 

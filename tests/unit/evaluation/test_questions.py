@@ -36,6 +36,7 @@ def test_llava_question_file_is_read_in_order(tmp_path):
         ([{"question_id": True, "text": "x"}], "question_id must be"),
         ([{"question_id": 1}], "text must be a text that is not empty, found None"),
         ([{"question_id": 1, "text": "x", "answer": " "}], "answer must be a text that is not empty"),
+        ([{"question_id": 1, "text": "x", "answer": "?"}], "line 1: answer '\\?' holds no word to compare with"),
         ([{"question_id": 1, "text": "x"}, {"question_id": 1, "text": "y"}], "question_id 1 occurs twice"),
         ([""], "holds no questions"),
     ],
