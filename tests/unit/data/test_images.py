@@ -122,9 +122,7 @@ def test_damaged_files_end_in_a_user_error_or_an_image(tmp_path, file_format):
             assert "damaged." in str(error)
 
 
-@pytest.mark.parametrize(
-    "error", [NotImplementedError(), MemoryError(), struct.error(), zlib.error()]
-)
+@pytest.mark.parametrize("error", [NotImplementedError(), MemoryError(), struct.error(), zlib.error()])
 def test_every_error_of_a_decoder_is_a_user_error(tmp_path, monkeypatch, error):
     def fail(self):
         raise error
