@@ -12,6 +12,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 from llava_saep.constants import DEFAULT_IMAGE_TOKEN
 from llava_saep.data.conversation import Turn
+from llava_saep.data.images import processed_image_size
 from llava_saep.data.templates import ConversationTemplate, conversation_template
 from llava_saep.data.tokenization import encode_prompt
 from llava_saep.errors import UserError
@@ -71,6 +72,19 @@ class _Prompt:
     images: list[Image.Image | str | Path]
 
 
+def _usable_device(device: str | torch.device) -> torch.device:
+    """Return the device, after it has held a tensor.
+
+    Raises:
+        UserError: no such kind of device, or this machine or this PyTorch has none of it.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: PyTorch without CUDA
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {str(device)!r} cannot be used here: {reason}; 'cpu' always can") from error
+
+
 class Predictor:
     """A loaded model with its processor, ready to answer.
 
@@ -91,17 +105,18 @@ class Predictor:
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
-        trust_projector_code: bool = False,
+        trust_projector_code: bool | None = None,
     ) -> "Predictor":
         """Load any folder that training wrote.
 
         Args:
             device: None: the first GPU where there is one, else the CPU.
             dtype: None: bfloat16 on a GPU, float32 on the CPU.
+            trust_projector_code: as in `load_model`.
         Raises:
-            UserError, ProjectorError: see `load_model`.
+            UserError, ProjectorError: the device does not exist here; else see `load_model`.
         """
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = _usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         inspect_folder(folder)  # its message says more than that of a missing processor
         processor = load_processor(folder, trust_projector_code=trust_projector_code)
@@ -111,7 +126,7 @@ class Predictor:
     @property
     def num_image_tokens(self) -> int:
         """Tokens of one image, as the processor prepares it."""
-        return self.model.config.image_seq_length
+        return self.processor.num_image_tokens(*processed_image_size(self.processor.image_processor))
 
     def generate(
         self, conversations: Sequence[Sequence[Message]], options: GenerationOptions | None = None

@@ -9,9 +9,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -48,7 +51,19 @@ FULL_WEIGHTS_NAMES = (
 )
 
 
+_UNREADABLE_CONFIG = (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError)
+"""What transformers raises on a config.json that is absent, no JSON object, or has values of the wrong kind."""
+
+_UNREADABLE_WEIGHTS = (OSError, ValueError, RuntimeError, EOFError, SafetensorError, UnpicklingError)
+"""What reading a weights file raises that is absent, damaged or cut off."""
+
+
 # Reading the pretrained parts
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says, without the advice that libraries append."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def read_config(path: str, flag: str) -> PreTrainedConfig:
@@ -62,9 +77,9 @@ def read_config(path: str, flag: str) -> PreTrainedConfig:
     """
     try:
         return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+    except _UNREADABLE_CONFIG as error:
         what = "folder has no readable config.json" if Path(path).is_dir() else "is no folder here, nor a hub model"
-        raise UserError(f"{flag} {path!r} {what}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{flag} {path!r} {what}: {_first_line(error)}") from error
 
 
 def read_vision_config(path: str) -> PreTrainedConfig:
@@ -92,8 +107,8 @@ def _loading_whole() -> Iterator[None]:
 def _load_part(auto_class, path: str, config: PreTrainedConfig, flag: str, dtype: torch.dtype) -> PreTrainedModel:
     try:
         model, info = auto_class.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{flag} {path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except _UNREADABLE_WEIGHTS as error:
+        raise UserError(f"{flag} {path!r} cannot be loaded: {_first_line(error)}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(f"{flag} {path!r} lacks {len(missing)} weights of its architecture, such as {missing[0]!r}")
@@ -121,7 +136,7 @@ def build_tokenizer(language_model: str):
     try:
         tokenizer = AutoTokenizer.from_pretrained(language_model, padding_side="right")
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"the tokenizer of {language_model!r} cannot be loaded: {error}") from error
+        raise UserError(f"the tokenizer of {language_model!r} cannot be loaded: {_first_line(error)}") from error
     if DEFAULT_IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([DEFAULT_IMAGE_TOKEN], special_tokens=True)
     if tokenizer.pad_token is None:
@@ -159,9 +174,14 @@ def make_config(
         language_model_name_or_path=language_model,
         tie_word_embeddings=text_config.tie_word_embeddings,
     )
-    grid = config.patch_grid(vision_config.image_size, vision_config.image_size)
-    config.image_seq_length = config.num_image_tokens(grid)  # refuses a grid that the projector cannot take
+    config.image_seq_length = _num_image_tokens(config)  # refuses a grid that the projector cannot take
     return config
+
+
+def _num_image_tokens(config: LlavaSaepConfig) -> int:
+    """Count the tokens of an image of the tower's own size."""
+    side = config.vision_config.image_size
+    return config.num_image_tokens(config.patch_grid(side, side))
 
 
 def build_model(
@@ -227,6 +247,7 @@ def _composed_parts(
         projector = projector.completed(wanted)
         remember_selection(projector)
         config.projector = projector.to_dict()
+        config.image_seq_length = _num_image_tokens(config)
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(PROJECTOR_PREFIX)}
     return config, weights
 
@@ -268,7 +289,7 @@ def build_processor(
     try:
         image_processor = AutoImageProcessor.from_pretrained(vision_tower, backend="pil")
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"the image processor of {vision_tower!r} cannot be loaded: {error}") from error
+        raise UserError(f"the image processor of {vision_tower!r} cannot be loaded: {_first_line(error)}") from error
     return LlavaSaepProcessor.from_model_config(
         model_config,
         image_processor=image_processor,
@@ -372,15 +393,12 @@ def inspect_folder(folder: str | Path) -> SavedFolder:
     config_path = path / "config.json"
     if not config_path.is_file():
         raise UserError(f"{path} has no config.json; expected a folder that training wrote (its --output_dir)")
-    try:
-        model_type = json.loads(config_path.read_text()).get("model_type")
-    except json.JSONDecodeError as error:
-        raise UserError(f"{config_path} is not valid JSON: {error}") from error
+    model_type = _read_json_object(config_path).get("model_type")
     if model_type != LlavaSaepConfig.model_type:
         raise UserError(f"{config_path} describes a {model_type!r} model, expected {LlavaSaepConfig.model_type!r}")
     try:
         config = LlavaSaepConfig.from_pretrained(path)
-    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+    except _UNREADABLE_CONFIG as error:
         raise UserError(f"{config_path} is not a consistent config: {error}") from error
     if (path / "adapter_config.json").is_file():
         return SavedFolder(path, "lora", config)
@@ -392,12 +410,22 @@ def inspect_folder(folder: str | Path) -> SavedFolder:
     raise UserError(f"{path} has a config.json but no weights: expected one of {expected}")
 
 
+def _read_json_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # of the latter kind are damaged JSON and damaged UTF-8
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, expected a JSON object")
+    return content
+
+
 def load_model(
     folder: str | Path,
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    trust_projector_code: bool = False,
+    trust_projector_code: bool | None = None,
     attn_implementation: str | None = None,
 ) -> LlavaSaepForConditionalGeneration:
     """Load any folder that training wrote, in evaluation mode.
@@ -406,7 +434,8 @@ def load_model(
     adapter merged into the language model.
 
     Args:
-        trust_projector_code: permit the config to import a projector from outside this package.
+        trust_projector_code: permit the config to import a projector from outside this package. None: as
+            `trusting_projector_code` around the call says, and else not.
     Raises:
         UserError, ProjectorError: the folder is no saved model, or its weights are missing, damaged or misshapen.
     """
@@ -486,14 +515,18 @@ def _load_non_lora_weights(model: nn.Module, folder: Path) -> None:
     load_projector_weights(model, folder)
 
 
-def load_processor(folder: str | Path, *, trust_projector_code: bool = False) -> LlavaSaepProcessor:
+def load_processor(folder: str | Path, *, trust_projector_code: bool | None = None) -> LlavaSaepProcessor:
     """Load the processor that training wrote beside a model.
 
+    Args:
+        trust_projector_code: as in `load_model`.
     Raises:
-        UserError: the folder has none.
+        UserError: there is no such folder, or it has no readable processor.
     """
+    if not Path(folder).is_dir():  # transformers would ask the hub for a model of that name
+        raise UserError(f"{folder} is not a folder; expected one that training wrote (its --output_dir)")
     with trusting_projector_code(trust_projector_code):
         try:
             return LlavaSaepProcessor.from_pretrained(folder, backend="pil")
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{folder} has no readable processor: {error}") from error
+            raise UserError(f"{folder} has no readable processor: {_first_line(error)}") from error

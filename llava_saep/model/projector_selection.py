@@ -17,9 +17,12 @@ _selections: dict[str, ProjectorSelection] = {}
 
 
 @contextmanager
-def trusting_projector_code(trust: bool = True) -> Iterator[None]:
-    """Allow (or forbid) configs read inside the block to import a projector from outside this package."""
-    token = _trust_projector_code.set(trust)
+def trusting_projector_code(trust: bool | None = True) -> Iterator[None]:
+    """Allow (or forbid) configs read inside the block to import a projector from outside this package.
+
+    None leaves it as it is around the block; outside all blocks it is forbidden.
+    """
+    token = _trust_projector_code.set(_trust_projector_code.get() if trust is None else trust)
     try:
         yield
     finally:

@@ -127,6 +127,21 @@ def test_folder_that_is_no_model_is_named_as_such(tmp_path):
         Predictor.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:77"])
+def test_device_that_is_not_there_is_named_before_anything_is_read(tmp_path, device):
+    with pytest.raises(UserError, match=f"device '{device}' cannot be used here"):
+        Predictor.from_pretrained(tmp_path, device=device)
+
+
+def test_image_tokens_are_counted_by_the_processor(predictor, images, monkeypatch):
+    """Configs saved by earlier versions may hold the count of a projector that was replaced since."""
+    monkeypatch.setattr(predictor.model.config, "image_seq_length", 1)
+    conversation = ask(images[:1], "What is it?")
+    prompt = predictor._prompt(conversation).input_ids
+    assert prompt.count(predictor.model.config.image_token_id) == predictor.processor.num_image_tokens(24, 24) != 1
+    predictor.generate([conversation], GREEDY)
+
+
 def test_conversation_must_end_with_a_question(predictor):
     with pytest.raises(UserError, match="must end with a user's message"):
         predictor.generate([[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]], GREEDY)

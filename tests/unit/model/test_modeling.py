@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionModel, LlamaForCausalLM
 
 from llava_saep.errors import UserError
+from llava_saep.model import projector_selection
 from llava_saep.model.loading import (
     build_model,
     build_processor,
@@ -210,6 +211,67 @@ def test_weights_of_another_projector_are_refused(bases, tokenizer, tmp_path):
     save_projector_weights(tmp_path, model.state_dict(), model.config)
     with pytest.raises(UserError, match="does not fit the projector"):
         load_projector_weights(build(bases, tokenizer), tmp_path)
+
+
+def test_a_projector_that_takes_anothers_place_brings_its_own_token_count(bases, tokenizer, tmp_path):
+    build(bases, tokenizer, "saep").save_pretrained(tmp_path)
+    replaced = build(bases._replace(language_model=tmp_path), tokenizer, "linear")
+    assert replaced.config.image_seq_length == 36
+    assert type(replaced.model.multi_modal_projector).__name__ == "LinearProjector"
+
+
+def test_trust_around_a_load_reaches_it_and_an_explicit_word_wins(bases, tokenizer, tmp_path, monkeypatch):
+    model = build(bases, tokenizer)
+    build_processor(
+        language_model=str(bases.language_model),
+        vision_tower=str(bases.vision_tower),
+        model_config=model.config,
+        tokenizer=tokenizer,
+    ).save_pretrained(tmp_path)
+    save_projector_weights(tmp_path, model.state_dict(), model.config)
+    asked = []
+
+    def from_dict(stored, trust_projector_code=False):
+        asked.append(trust_projector_code)
+        return select_projector("saep", stored["options"])
+
+    monkeypatch.setattr(projector_selection.ProjectorSelection, "from_dict", staticmethod(from_dict))
+    for outside, given, expected in [(True, None, True), (False, None, False), (True, False, False)]:
+        monkeypatch.setattr(projector_selection, "_selections", {})
+        with projector_selection.trusting_projector_code(outside):
+            load_model(tmp_path, trust_projector_code=given)
+            load_processor(tmp_path, trust_projector_code=given)
+        assert set(asked) == {expected}
+        asked.clear()
+
+
+@pytest.mark.parametrize(("part", "flag"), [("vision_tower", "--vision_tower"), ("language_model", "--model_name")])
+def test_cut_off_weights_of_a_base_are_named_with_their_flag(bases, tokenizer, tmp_path, part, flag):
+    shutil.copytree(getattr(bases, part), tmp_path / part)
+    weights = tmp_path / part / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match=f"{flag}.*cannot be loaded"):
+        build(bases._replace(**{part: tmp_path / part}), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"[1, 2]", "config.json holds a list, expected a JSON object"), (b'{"a": "\xff\xfe"}', "is not valid JSON")],
+)
+def test_config_that_is_no_json_object_is_named(tmp_path, bases, tokenizer, content, message):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        inspect_folder(tmp_path)
+    with pytest.raises(UserError, match="--vision_tower .* no readable config.json"):
+        build(bases._replace(vision_tower=tmp_path), tokenizer)
+
+
+def test_processor_is_sought_in_folders_only_and_its_absence_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="nowhere is not a folder"):
+        load_processor(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="has no readable processor") as error:
+        load_processor(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_misshapen_weights_are_an_error_with_both_shapes(bases, tokenizer, tmp_path):
