@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -127,11 +128,21 @@ def launcher_command(
 ) -> list[str]:
     """The command line of the deepspeed launcher.
 
-    The launcher is started as a module of this interpreter, so that it works where its script is not on the PATH.
+    The launcher is started as a module of this interpreter, so that it works where its script is not on the PATH. On
+    one machine the ranks meet at a free port: with the launcher's own default a second run beside the first one fails.
     """
     count = [] if num_processes is None else ["--num_gpus", str(num_processes)]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    return [*launcher, *count, *launcher_flags, str(TRAINING_SCRIPT), *training_flags]
+    is_on_one_machine = not {"--hostfile", "--num_nodes", "--node_rank", "--master_addr"} & set(launcher_flags)
+    port = ["--master_port", str(free_port())] if is_on_one_machine and "--master_port" not in launcher_flags else []
+    return [*launcher, *count, *port, *launcher_flags, str(TRAINING_SCRIPT), *training_flags]
+
+
+def free_port() -> int:
+    """A port of this machine on which nothing listens at the moment."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def launcher_environment(num_processes: int | None, environment: Mapping[str, str]) -> dict[str, str]:

@@ -41,7 +41,8 @@ def test_training_script_is_started_through_the_launcher_of_this_interpreter(fla
     ((command, environment),) = started
     assert command[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
     assert command[3:5] == ["--num_gpus", "2"]
-    assert command[5:] == [str(train.TRAINING_SCRIPT), *flags]
+    assert command[5] == "--master_port"
+    assert command[7:] == [str(train.TRAINING_SCRIPT), *flags]
     assert train.TRAINING_SCRIPT.is_file()
     assert int(environment["OMP_NUM_THREADS"]) >= 1
 
@@ -61,7 +62,7 @@ def test_chosen_gpus_decide_the_number_of_processes(choice, flags, started):
     assert main(["train", *choice, *flags]) == 0
     command = started[0][0]
     assert "--num_gpus" not in command
-    assert command[3:5] == choice
+    assert command[command.index("--master_port") + 2 :][:2] == choice
 
 
 def test_no_flags_at_all_end_in_one_line(started, capsys):
@@ -114,3 +115,22 @@ def test_lone_process_needs_no_launcher_unless_its_flags_are_given():
 def test_hostfile_that_is_absent_is_not_silently_ignored_as_the_launcher_would():
     with pytest.raises(UserError, match="no such file"):
         train.split_flags(["--hostfile", "/absent"])
+
+
+def test_two_runs_on_one_machine_meet_at_different_ports():
+    import socket
+
+    with socket.socket() as other_run:
+        other_run.bind(("127.0.0.1", train.free_port()))
+        other_run.listen()
+        command = train.launcher_command([], [], 2)
+        port = int(command[command.index("--master_port") + 1])
+        assert port != other_run.getsockname()[1]
+        with socket.socket() as ours:
+            ours.bind(("127.0.0.1", port))  # raises where something listens already
+
+
+@pytest.mark.parametrize("given", [["--master_port", "4321"], ["--num_nodes", "2", "--master_addr", "worker-1"]])
+def test_a_port_is_chosen_only_where_the_user_leaves_it_open(given):
+    command = train.launcher_command(given, [], 2)
+    assert command.count("--master_port") == given.count("--master_port")
