@@ -20,6 +20,7 @@ _BOTH_WORLDS = "scenes of the worlds `cells` and `free` from playground/spatial_
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of `python -m playground.backbones`."""
     parser = argparse.ArgumentParser(
         prog="python -m playground.backbones",
         description=("Train the stand-ins for CLIP and Vicuna: a small vision tower and a small language model."),
@@ -48,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Train the stand-ins that were asked for, each in a process of its own; returns the exit code."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if min(args.language_model_steps, args.vision_tower_steps) < 1:

@@ -10,6 +10,7 @@ from playground.spatial_scenes.writing import DEFAULT_QUESTIONS_PER_CONVERSATION
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of `python -m playground.spatial_scenes`."""
     parser = argparse.ArgumentParser(
         prog="python -m playground.spatial_scenes",
         description=(
@@ -42,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Write one data set; returns the exit code."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.num_train < 1 or args.num_held_out < 1:

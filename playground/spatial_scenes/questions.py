@@ -102,6 +102,7 @@ class QuestionWriter:
         return verdict
 
     def relation(self, scene: Scene) -> Question | None:
+        """Ask whether one object is left of, right of, above or below another; None where no pair allows it."""
         direction = self._rng.choice(DIRECTIONS)
         pairs = [
             (first, second) for first in scene.objects for second in scene.objects if direction.holds(first, second)
@@ -142,6 +143,7 @@ class QuestionWriter:
         return Question("count", "count", "How many objects are there?", f"there are {number}", number)
 
     def neighbour(self, scene: Scene) -> Question | None:
+        """Ask what stands beside an object; None where nothing does."""
         found = self._neighbours(scene)
         if not found:
             return None
@@ -155,6 +157,7 @@ class QuestionWriter:
         )
 
     def neighbour_colour(self, scene: Scene) -> Question | None:
+        """Ask for the colour of the shape beside an object; None where no shape is."""
         found = [entry for entry in self._neighbours(scene) if not entry[2].kind.is_digit]
         if not found:
             return None
