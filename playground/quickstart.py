@@ -411,7 +411,7 @@ def show_examples(job: Job, evaluation) -> None:
     path = job.data_dir / "held_out" / "images" / first
     with Image.open(path) as image:
         print(image_to_text(image, num_columns=48, color=supports_color(sys.stdout)))
-    print(f"{path}\n")
+    print(f"{shown_path(path)}\n")
     asked = [question for question in evaluation.questions if question.image == first]
     for question in asked[: job.settings.num_examples]:
         answer = evaluation.answers[question.question_id]
@@ -425,7 +425,7 @@ def show_results(job: Job, evaluation, seconds: Mapping[str, float], total_secon
 
     print_evaluation(evaluation)
     times = ", ".join(f"{name} {format_seconds(value)}" for name, value in seconds.items())
-    print(f"\ntime: {format_seconds(total_seconds)} in all ({times})")
+    print(f"\ntime: {format_seconds(total_seconds)} in all, without installation ({times})")
     rounded = {name: round(value, 1) for name, value in {**seconds, "total": total_seconds}.items()}
     write_json(job.output_dir / SETTINGS_FILE, {**job_facts(job), "seconds": rounded})
 
@@ -442,6 +442,7 @@ def show_next_steps(job: Job) -> None:
         f"\ntalk to it:          {program} chat --model_path {model} --image_file {image}{trust}"
         f"\nanother projector:   ./quickstart.sh --mm_projector_type {other}"
         f"\nwhich there are:     {program} projectors"
+        "\none of your own:     ./quickstart.sh --mm_projector_type playground/examples/blur_projector.py:BlurProjector"
         f"\na harder world:      ./quickstart.sh --world free"
     )
 

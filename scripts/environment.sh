@@ -9,7 +9,7 @@
 say() { printf '\n\033[1m==> %s\033[0m\n' "$*"; }
 fail() { printf '\nerror: %s\n' "$*" >&2; exit 1; }
 
-# Prints the interpreter to use. One that already has a torch with a GPU wins; else the first that is new enough.
+# Prints the interpreter to use. One that can already import a recent torch wins; else the first that is new enough.
 find_python() {
     local candidate path first=""
     for candidate in ${LLAVA_SAEP_PYTHON:-python3 python3.11 python3.12 python3.13 python3.14}; do

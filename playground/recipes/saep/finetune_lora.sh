@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Stage 2 with SAEP and low-rank adapters in place of the whole language model: less memory, same data. LLaVA-1.5's
 # hyper-parameters, for 8 GPUs (batch 128). Not yet run at this scale.
+# Run it from the repository root; playground/data/README.md says which data it expects where.
 set -euo pipefail
 
 LANGUAGE_MODEL=${LANGUAGE_MODEL:-lmsys/vicuna-7b-v1.5}

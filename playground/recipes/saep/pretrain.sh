@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Stage 1 with SAEP: the projector alone learns from captions. LLaVA-1.5's hyper-parameters, for 8 GPUs (batch 256).
 # Not yet run at this scale: the values are LLaVA's, the paper's abstract names none of its own.
+# Run it from the repository root; playground/data/README.md says which data it expects where.
 set -euo pipefail
 
 LANGUAGE_MODEL=${LANGUAGE_MODEL:-lmsys/vicuna-7b-v1.5}
