@@ -25,7 +25,13 @@ from transformers import HfArgumentParser
 from llava_saep.data.templates import TEMPLATE_NAMES, conversation_template
 from llava_saep.errors import UserError
 from llava_saep.train.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainablePart, TrainingConfig
-from projectors import ProjectorSelection, parse_projector_options, registered_projectors, select_projector
+from projectors import (
+    ProjectorSelection,
+    parse_projector_options,
+    registered_presets,
+    registered_projectors,
+    select_projector,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -263,9 +269,9 @@ def _parser() -> _Parser:
     )
     (action,) = (action for action in parser._actions if action.dest == "mm_projector_type")
     # Listed here and not in the dataclass, since importing this module must not import every projector.
+    names = ", ".join([*registered_projectors(), *registered_presets()])
     action.help = (
-        f"projector: {', '.join(registered_projectors())}, or package.module:Class; None: {DEFAULT_PROJECTOR}, or the "
-        "one of a saved model"
+        f"projector: {names}, or package.module:Class; None: {DEFAULT_PROJECTOR}, or the one of a saved model"
     )
     return parser
 
@@ -381,7 +387,7 @@ def _require(flags: argparse.Namespace, name: str, meaning: str) -> str:
 
 def _default_num_layers_read(selection: ProjectorSelection) -> int:
     """Return how many hidden states a projector reads by default; on a tower of 24 layers, since towers differ."""
-    return len(selection.spec.config_class.default_vision_layers(24))
+    return len(selection.spec.config_class.default_vision_layers(24, selection.options))
 
 
 def _select_projector(flags: argparse.Namespace) -> ProjectorSelection:
@@ -398,6 +404,8 @@ def _select_projector(flags: argparse.Namespace) -> ProjectorSelection:
     selection = select_projector(spelling, options, trust_projector_code=True)  # the user names it here
     if layers is None or "vision_layers" in options:
         return selection
+    if len(layers) == 1 and "vision_layers" in selection.options:
+        return selection  # a preset's name says which layers
     if len(layers) == 1 and _default_num_layers_read(selection) > 1:
         logger.warning(
             "--mm_vision_select_layer %d is not applied: projector %s combines several layers. To choose them, give "

@@ -9,10 +9,12 @@ from ._checkpoint import gathered_parameters, initialize_projector, load_project
 from ._errors import ProjectorError
 from ._options import OptionInfo, describe_options, option, parse_projector_options
 from ._registry import (
+    ProjectorPreset,
     ProjectorSelection,
     ProjectorSpec,
     projector_spec,
     register_projector,
+    registered_presets,
     registered_projectors,
     select_projector,
 )
@@ -23,6 +25,7 @@ __all__ = [
     "Projector",
     "ProjectorConfig",
     "ProjectorError",
+    "ProjectorPreset",
     "ProjectorSelection",
     "ProjectorSpec",
     "describe_options",
@@ -33,6 +36,7 @@ __all__ = [
     "parse_projector_options",
     "projector_spec",
     "register_projector",
+    "registered_presets",
     "registered_projectors",
     "select_projector",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -45,6 +46,13 @@ def refuse_small_grid(grid: PatchGrid, num_queries: int = 1) -> None:
             f"a {grid} grid holds {grid.num_patches} patches, fewer than num_queries {num_queries}: pooling would only "
             f"repeat them. Choose num_queries of at most {grid.num_patches}, or larger images."
         )
+
+
+def same_relative_depths(layers: Sequence[int], depth: int, num_vision_layers: int | None) -> tuple[int, ...]:
+    """Layers that were chosen on a tower of `depth` blocks, on one of another depth: rounded up, repeats kept."""
+    if num_vision_layers is None:
+        return tuple(layers)
+    return tuple(-(-layer * num_vision_layers // depth) for layer in layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +103,21 @@ class ProjectorConfig:
         """Channels after concatenating the selected layers."""
         return self.vision_hidden_size * len(self.vision_layers)
 
+    @property
+    def reads_patch_map(self) -> bool:
+        """Whether the arrangement of the patches matters, beyond their number and order."""
+        return True
+
     @classmethod
-    def default_vision_layers(cls, num_vision_layers: int | None = None) -> tuple[int, ...]:
-        """Layers to read when the user names none, for a tower with that many blocks."""
+    def default_vision_layers(
+        cls, num_vision_layers: int | None = None, options: Mapping[str, Any] = MappingProxyType({})
+    ) -> tuple[int, ...]:
+        """Layers to read when the user names none.
+
+        Args:
+            num_vision_layers: blocks of the tower; None where it is not known yet.
+            options: the options that the user has given, JSON-able values by name.
+        """
         return (-2,)
 
     @classmethod

@@ -38,11 +38,20 @@ SpellingParser = Callable[[str], Mapping[str, Any] | None]
 
 
 @dataclass(frozen=True)
+class ProjectorPreset:
+    """A name for a projector with some of its options fixed; a checkpoint stores the projector and the options."""
+
+    options: Mapping[str, Any]
+    summary: str
+
+
+@dataclass(frozen=True)
 class ProjectorSpec:
     """What the registry knows about one projector.
 
     `provider` says where the class comes from: "built-in", "entry-point", or the `module:Class` of a user's own code.
     `parse_spelling` maps a spelling that carries options (`mlp2x_gelu`) to those options, or to None.
+    `token_formula` says how many tokens an H x W grid gives, in Python's arithmetic where that is possible.
     """
 
     name: str
@@ -53,6 +62,8 @@ class ProjectorSpec:
     aliases: tuple[str, ...] = ()
     provider: str = BUILT_IN
     parse_spelling: SpellingParser | None = field(default=None, repr=False)
+    token_formula: str = ""
+    presets: Mapping[str, ProjectorPreset] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -114,7 +125,7 @@ class ProjectorSelection:
         spec = self.spec
         options = dict(self.options)
         if "vision_layers" not in options:
-            options["vision_layers"] = spec.config_class.default_vision_layers(num_vision_layers)
+            options["vision_layers"] = spec.config_class.default_vision_layers(num_vision_layers, options)
         config = spec.config_class(vision_hidden_size=vision_hidden_size, text_hidden_size=text_hidden_size, **options)
         if num_vision_layers is not None:
             config.check_vision_layers(num_vision_layers)
@@ -140,6 +151,7 @@ class ProjectorSelection:
 
 _specs: dict[str, ProjectorSpec] = {}
 _aliases: dict[str, str] = {}
+_presets: dict[str, str] = {}
 
 
 class _LoadState:
@@ -155,6 +167,8 @@ def register_projector(
     paper: str = "",
     aliases: tuple[str, ...] = (),
     parse_spelling: SpellingParser | None = None,
+    token_formula: str = "",
+    presets: Mapping[str, ProjectorPreset] | None = None,
 ) -> Callable[[type[Projector]], type[Projector]]:
     """Class decorator that makes a projector known under a name.
 
@@ -163,8 +177,12 @@ def register_projector(
         summary: one sentence for help texts and tables.
         paper: where the architecture is described, as a URL or citation.
         parse_spelling: maps a spelling that carries options to those options, or to None when it is not one.
+        token_formula: tokens per image as an expression of H, W and the options, such as
+            `"ceil(H / stride) * ceil(W / stride)"` (conformance evaluates it), or in words.
+        presets: further names, each for this projector with some options fixed.
     Raises:
-        ProjectorError: the name or an alias is taken, or the class or config is not of the contract's type.
+        ProjectorError: the name, an alias or a preset is taken, or the class or config is not of the contract's type,
+            or a preset's options are not the projector's.
     """
 
     def register(module_class: type[Projector]) -> type[Projector]:
@@ -173,7 +191,22 @@ def register_projector(
         if not (isinstance(config, type) and issubclass(config, ProjectorConfig)):
             raise ProjectorError(f"projector {name!r}: config is {config!r}, expected a subclass of ProjectorConfig")
         provider = _provider_of(module_class)
-        spec = ProjectorSpec(name, config, module_class, summary, paper, tuple(aliases), provider, parse_spelling)
+        checked_presets = {
+            preset_name: ProjectorPreset(convert_options(preset_name, config, preset.options), preset.summary)
+            for preset_name, preset in (presets or {}).items()
+        }
+        spec = ProjectorSpec(
+            name,
+            config,
+            module_class,
+            summary,
+            paper,
+            tuple(aliases),
+            provider,
+            parse_spelling,
+            token_formula,
+            checked_presets,
+        )
         _add(spec)
         return module_class
 
@@ -184,6 +217,12 @@ def registered_projectors() -> tuple[str, ...]:
     """Canonical names, sorted: built-ins, what has been registered since, and installed entry points (not loaded)."""
     _load_built_ins()
     return tuple(sorted({*_specs, *_entry_points()}))
+
+
+def registered_presets() -> dict[str, ProjectorPreset]:
+    """Names that stand for a projector with some options fixed, sorted; entry points count once they are loaded."""
+    _load_built_ins()
+    return {name: _specs[_presets[name]].presets[name] for name in sorted(_presets)}
 
 
 def projector_spec(name: str) -> ProjectorSpec:
@@ -246,6 +285,9 @@ def _find(spelling: str, trust_projector_code: bool) -> tuple[ProjectorSpec, Map
         spec = _find_own_code(spelling, trust_projector_code)
     if spec is not None:
         return spec, {}
+    if spelling in _presets:
+        spec = _specs[_presets[spelling]]
+        return spec, spec.presets[spelling].options
     for candidate in _specs.values():
         options = candidate.parse_spelling(spelling) if candidate.parse_spelling else None
         if options is not None:
@@ -274,7 +316,8 @@ def _find_registered(name: str) -> ProjectorSpec | None:
 
 
 def _unknown_projector(spelling: str) -> ProjectorError:
-    message = unknown_name_message("projector", spelling, registered_projectors(), "Registered")
+    known = (*registered_projectors(), *registered_presets())
+    message = unknown_name_message("projector", spelling, known, "Registered")
     return ProjectorError(f"{message} {_OUTSIDE_HINT}")
 
 
@@ -294,8 +337,8 @@ def _load_built_ins() -> None:
 
 
 def _add(spec: ProjectorSpec) -> None:
-    for name in (spec.name, *spec.aliases):
-        taken = _specs.get(_aliases.get(name, name))
+    for name in (spec.name, *spec.aliases, *spec.presets):
+        taken = _specs.get(_presets.get(name, _aliases.get(name, name)))
         if taken is not None:
             raise ProjectorError(
                 f"projector {name!r} is already registered by {taken.module_class.__module__}:"
@@ -303,6 +346,7 @@ def _add(spec: ProjectorSpec) -> None:
             )
     _specs[spec.name] = spec
     _aliases.update(dict.fromkeys(spec.aliases, spec.name))
+    _presets.update(dict.fromkeys(spec.presets, spec.name))
 
 
 def _provider_of(module_class: type[Projector]) -> str:

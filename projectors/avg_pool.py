@@ -46,6 +46,7 @@ class AvgPoolConfig(ProjectorConfig):
     summary="DeCo: adaptive average pooling to a fixed number of tokens, then an MLP.",
     paper="https://arxiv.org/abs/2405.20985",
     aliases=("deco",),
+    token_formula="num_queries",
 )
 class AvgPoolProjector(Projector):
     """AdaptiveAvgPool2d(sqrt(num_queries)) on the raw features, then `mlp{depth}x_gelu`.

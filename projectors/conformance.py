@@ -13,6 +13,7 @@ import importlib
 import inspect
 import itertools
 import json
+import math
 import pickle
 import sys
 import tempfile
@@ -29,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from ._base import PatchGrid, Projector, ProjectorConfig
 from ._checkpoint import load_projector_state_dict
 from ._errors import ProjectorError
-from ._options import describe_options
+from ._options import describe_options, option_fields
 from ._registry import BUILT_IN, ProjectorSelection, ProjectorSpec, select_projector, spec_of_class
 
 _VISION_HIDDEN_SIZE, _TEXT_HIDDEN_SIZE, _NUM_VISION_LAYERS = 16, 24, 6
@@ -254,6 +255,22 @@ def _check_metadata_is_complete(subject: _Subject) -> None:
         _require(bool(info.help), f"option {info.name!r} has no help text; declare it with option(default, help)")
     if spec.provider == BUILT_IN:
         _require(bool(spec.paper), "the registration names no paper")
+
+
+@_check
+def _check_token_formula_tells_the_token_count(subject: _Subject) -> None:
+    """Read as Python's arithmetic, it gives what the config computes; a formula in words is not checked."""
+    formula = subject.spec.token_formula
+    _require(bool(formula), "the registration has no token_formula")
+    try:
+        code = compile(formula, "token_formula", "eval")
+    except SyntaxError:
+        raise _Skip(f"the formula is in words: {formula}") from None
+    for grid in filter(lambda grid: _takes(subject.config, grid), (*_GRIDS, _LARGE_GRID)):
+        names = {"ceil": math.ceil, "floor": math.floor, "len": len, "H": grid.height, "W": grid.width}
+        names |= {name: getattr(subject.config, name) for name in option_fields(type(subject.config))}
+        promised, told = subject.config.num_output_tokens(grid), eval(code, {"__builtins__": {}}, names)
+        _require(told == promised, f"on a {grid} grid {formula!r} says {told}, num_output_tokens {promised}")
 
 
 @_check

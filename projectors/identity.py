@@ -25,6 +25,10 @@ class IdentityConfig(ProjectorConfig):
                 f"the language model expects {self.text_hidden_size}. Use 'linear' to match them."
             )
 
+    @property
+    def reads_patch_map(self) -> bool:
+        return False
+
     def num_output_tokens(self, grid: PatchGrid) -> int:
         return self.num_input_tokens(grid)
 
@@ -34,6 +38,7 @@ class IdentityConfig(ProjectorConfig):
     config=IdentityConfig,
     summary="Passes the vision features on unchanged; the two widths must be equal.",
     paper="https://arxiv.org/abs/2304.08485",
+    token_formula="H * W + keep_cls_token",
 )
 class IdentityProjector(Projector):
     """Returns the features, several layers concatenated along the channels. Holds no parameters.

@@ -17,6 +17,10 @@ from .layers import reset_module
 class LinearConfig(ProjectorConfig):
     """No options of its own; several layers are concatenated along the channels."""
 
+    @property
+    def reads_patch_map(self) -> bool:
+        return False
+
     def num_output_tokens(self, grid: PatchGrid) -> int:
         return self.num_input_tokens(grid)
 
@@ -26,6 +30,7 @@ class LinearConfig(ProjectorConfig):
     config=LinearConfig,
     summary="One Linear layer per token; keeps every token.",
     paper="https://arxiv.org/abs/2304.08485",
+    token_formula="H * W + keep_cls_token",
 )
 class LinearProjector(Projector):
     """Linear(layers * vision_hidden_size -> text_hidden_size) with bias, on each token alone.

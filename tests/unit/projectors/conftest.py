@@ -14,6 +14,7 @@ def scratch_registry(monkeypatch):
     registered_projectors()
     monkeypatch.setattr(_registry, "_specs", dict(_registry._specs))
     monkeypatch.setattr(_registry, "_aliases", dict(_registry._aliases))
+    monkeypatch.setattr(_registry, "_presets", dict(_registry._presets))
     before = set(sys.modules)
     yield
     for name in set(sys.modules) - before:

@@ -202,8 +202,8 @@ BROKEN = [
 
 @pytest.fixture
 def register_toy(scratch_registry):
-    def register(module_class, config=ToyConfig, summary="A toy."):
-        return register_projector("toy", config=config, summary=summary)(module_class)
+    def register(module_class, config=ToyConfig, summary="A toy.", token_formula="H * W"):
+        return register_projector("toy", config=config, summary=summary, token_formula=token_formula)(module_class)
 
     return register
 
@@ -232,6 +232,24 @@ def test_missing_metadata_is_found(register_toy):
 def test_missing_summary_is_found(register_toy):
     report = check_projector(register_toy(Toy, summary=" "), checks=["metadata_is_complete"])
     assert "no summary" in report.results[0].detail
+
+
+@pytest.mark.parametrize(
+    "formula, status, detail",
+    [
+        ("H * W", "passed", ""),
+        ("ceil(H / 1) * floor(W) * len(vision_layers)", "passed", ""),
+        ("", "failed", "no token_formula"),
+        ("ceil(H / 2) * W", "failed", "on a 6x6 grid"),
+        ("H * W * depth", "failed", "depth"),
+        ("as many as the patches", "skipped", "in words"),
+    ],
+)
+def test_the_token_formula_is_held_to_the_config(register_toy, formula, status, detail):
+    check = "token_formula_tells_the_token_count"
+    (result,) = check_projector(register_toy(Toy, token_formula=formula), checks=[check]).results
+    assert result.status == status
+    assert detail in result.detail
 
 
 def test_a_config_that_does_not_survive_json_is_found(register_toy):
@@ -310,6 +328,7 @@ def test_unregistered_class_is_refused():
 
 def test_every_check_has_a_projector_that_fails_it():
     also_tested_above = {"metadata_is_complete", "config_survives_json", "importing_needs_nothing_optional"}
+    also_tested_above |= {"token_formula_tells_the_token_count"}
     also_tested_above |= {"state_dict_loads_under_any_prefix"}  # load_projector_state_dict has its own tests
     assert {check for _, check in BROKEN} | also_tested_above == set(CHECK_NAMES)
 
