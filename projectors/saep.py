@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ._base import PatchGrid, Projector, ProjectorConfig, refuse_small_grid
+from ._base import PatchGrid, Projector, ProjectorConfig, refuse_small_grid, same_relative_depths
 from ._errors import ProjectorError
 from ._options import option
-from ._registry import register_projector
+from ._registry import ProjectorPreset, register_projector
 from .layers import (
     DepthwiseConv2d,
     LayerNorm2d,
@@ -56,8 +57,8 @@ class SAEPConfig(ProjectorConfig):
         "how the layers meet: channel concatenation, sum, learned softmax-weighted sum, or concatenation after a "
         "depthwise convolution per layer",
     )
-    order: Literal["pw_dw", "dw_pw", "pw_dw_pw"] = option(
-        "pw_dw", "order of the pointwise (pw) and the depthwise (dw) convolution"
+    order: Literal["pw_dw", "dw_pw", "pw_dw_pw", "pw"] = option(
+        "pw_dw", "order of the pointwise (pw) and the depthwise (dw) convolution; pw leaves the depthwise one out"
     )
     mid_channels: int | None = option(
         None, "width between the convolutions and the read-out; none means vision_hidden_size", minimum=1
@@ -90,6 +91,15 @@ class SAEPConfig(ProjectorConfig):
                 f"SAEPConfig: shortcut 'last_layer_avgpool' adds features of {self.vision_hidden_size} channels to a "
                 f"map of {self.block_channels}; leave mid_channels at none or choose shortcut 'avgpool'"
             )
+        if self.order == "pw" and self.shortcut == "none":
+            raise ProjectorError(
+                "SAEPConfig: order 'pw' has no convolution that downsamples, so shortcut 'none' would pass nothing on; "
+                "choose shortcut 'avgpool'"
+            )
+        if self.order == "pw" and self.squeeze_excite:
+            raise ProjectorError(
+                "SAEPConfig: squeeze_excite follows the depthwise convolution, which order 'pw' leaves out; choose one"
+            )
         if self.init == "zero_residual" and self.shortcut == "none":
             raise ProjectorError(
                 "SAEPConfig: init 'zero_residual' with shortcut 'none' would pass nothing on; choose a shortcut"
@@ -107,12 +117,11 @@ class SAEPConfig(ProjectorConfig):
         return self.fused_hidden_size if is_concatenated else self.vision_hidden_size
 
     @classmethod
-    def default_vision_layers(cls, num_vision_layers: int | None = None) -> tuple[int, ...]:
+    def default_vision_layers(
+        cls, num_vision_layers: int | None = None, options: Mapping[str, Any] = MappingProxyType({})
+    ) -> tuple[int, ...]:
         """Layers 12, 16, 22 and 23 of 24; on other towers the same relative depths, rounded up, each once."""
-        if num_vision_layers is None:
-            return _REFERENCE_LAYERS
-        depths = (-(-layer * num_vision_layers // _REFERENCE_DEPTH) for layer in _REFERENCE_LAYERS)
-        return tuple(sorted(set(depths)))
+        return tuple(sorted(set(same_relative_depths(_REFERENCE_LAYERS, _REFERENCE_DEPTH, num_vision_layers))))
 
     @classmethod
     def tiny_options(cls) -> dict[str, Any]:
@@ -169,13 +178,16 @@ class SpatialBlock(nn.Module):
         in_channels, channels = config.aggregated_channels, config.block_channels
         filtered_channels = in_channels if config.order == "dw_pw" else channels
         self.fuse = pointwise(in_channels, config, activate=True)
-        self.spatial = depthwise(filtered_channels, config, config.stride, config.squeeze_excite)
+        if config.order != "pw":
+            self.spatial = depthwise(filtered_channels, config, config.stride, config.squeeze_excite)
         self.project = pointwise(channels, config, activate=False) if config.order == "pw_dw_pw" else nn.Identity()
 
     def forward(self, feature_map: Tensor, last_layer: Tensor) -> Tensor:
         """Two maps whose sides the stride divides -> (B, block_channels, height / stride, width / stride)."""
         if self.config.order == "dw_pw":
             block = self.fuse(self._add_pooled(self.spatial(feature_map), feature_map))
+        elif self.config.order == "pw":
+            block = functional.avg_pool2d(self.fuse(feature_map), self.config.stride)
         else:
             fused = self.fuse(feature_map)
             block = self._add_pooled(self.project(self.spatial(fused)), fused)
@@ -192,9 +204,9 @@ class SpatialBlock(nn.Module):
         """Make the branch beside the shortcut start at zero."""
         if self.config.order == "pw_dw_pw":
             self.project.zero_output()
-        elif self.config.order == "dw_pw" and self.config.shortcut == "last_layer_avgpool":
+        elif self.config.order in ("dw_pw", "pw") and self.config.shortcut == "last_layer_avgpool":
             self.fuse.zero_output()
-        else:
+        elif self.config.order != "pw":
             self.spatial.zero_output()
 
 
@@ -250,12 +262,31 @@ class LayerAggregation(nn.Module):
         zeros_(self.layer_logits)
 
 
+_PRESETS = {
+    "saep_single_layer": ProjectorPreset(
+        {"vision_layers": [-2]}, "SAEP without its first ingredient: one layer instead of several."
+    ),
+    "saep_no_depthwise": ProjectorPreset(
+        {"order": "pw"}, "SAEP without its second ingredient: the fused layers are average-pooled, nothing else."
+    ),
+    "saep_dw_pw": ProjectorPreset(
+        {"order": "dw_pw"}, "SAEP with the textbook order of a separable convolution: depthwise, then pointwise."
+    ),
+    "saep_no_shortcut": ProjectorPreset(
+        {"shortcut": "none"}, "SAEP without the average-pooled shortcut around the depthwise convolution."
+    ),
+}
+"""Ablations that isolate what the abstract names, and the two choices of ours that matter most beside it."""
+
+
 @register_projector(
     "saep",
     config=SAEPConfig,
     summary="SAEP, our reconstruction from the paper's abstract: multi-layer features and a separable depthwise "
     "convolution; a quarter of the tokens.",
     paper="https://arxiv.org/abs/2410.10319",
+    presets=_PRESETS,
+    token_formula="ceil(H / stride) * ceil(W / stride)",
 )
 class SAEP(Projector):
     """Our reconstruction of SAEP from its abstract; the paper's own method section and code were not available to us.

@@ -49,10 +49,11 @@ SINGLE_OPTIONS = [
 STRUCTURES = [
     {"order": order, "aggregation": aggregation, "shortcut": shortcut}
     for order, aggregation, shortcut in itertools.product(
-        ("pw_dw", "dw_pw", "pw_dw_pw"),
+        ("pw_dw", "dw_pw", "pw_dw_pw", "pw"),
         ("concat", "sum", "softmax", "depthwise_concat"),
         ("none", "avgpool", "last_layer_avgpool"),
     )
+    if (order, shortcut) != ("pw", "none")
 ]
 
 
@@ -77,6 +78,8 @@ def test_option_compiles_to_one_graph(options):
     [
         ({"shortcut": "last_layer_avgpool", "mid_channels": 20}, ("last_layer_avgpool", "16", "20")),
         ({"init": "zero_residual", "shortcut": "none"}, ("zero_residual", "shortcut")),
+        ({"order": "pw", "shortcut": "none"}, ("order", "shortcut")),
+        ({"order": "pw", "squeeze_excite": True}, ("order", "squeeze_excite")),
         ({"keep_cls_token": True}, ("keep_cls_token",)),
         ({"vision_layers": []}, ("vision_layers",)),
     ],

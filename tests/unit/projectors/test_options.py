@@ -65,7 +65,7 @@ def test_text_is_converted_by_the_options_type(name, text, expected):
         ("saep", {"stride": 5}, ("stride", "5", "1, 2, 3, 4")),
         ("saep", {"stride": True}, ("stride", "True", "1, 2, 3, 4")),
         ("saep", {"stride": "two"}, ("stride", "'two'")),
-        ("saep", {"order": "pw"}, ("order", "'pw'", "pw_dw, dw_pw")),
+        ("saep", {"order": "dw"}, ("order", "'dw'", "pw_dw, dw_pw")),
         ("saep", {"readout_depth": 0}, ("readout_depth", "0", "at least 1")),
         ("saep", {"readout_depth": 1.5}, ("readout_depth", "1.5", "int")),
         ("saep", {"squeeze_excite": "maybe"}, ("squeeze_excite", "'maybe'", "true or false")),
