@@ -17,6 +17,7 @@ from ._errors import ProjectorError
 from .layers.initialization import is_partitioned
 
 CHECKPOINT_MARKERS = (
+    "mm_projector_crosslayer",
     "mm_projector",
     "multi_modal_projector",
     "abstractor",
@@ -88,14 +89,21 @@ def _distance(reading: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
 
 
 def _candidate_prefixes(state_dict: Mapping[str, Tensor]) -> list[str]:
-    """Prefixes worth trying: up to a marker, then what all keys share, shorter and shorter, down to none."""
-    candidates: dict[str, None] = {}
+    """Prefixes worth trying: up to and with a marker, up to it, then what all keys share, shorter and shorter.
+
+    "Up to it" is for originals that keep their parts side by side, such as `model.vision_resampler` and
+    `model.mm_projector`.
+    """
+    with_marker: dict[str, None] = {}
+    before_marker: dict[str, None] = {}
     for marker in CHECKPOINT_MARKERS:
         for key in state_dict:
             parts = key.split(".")
             for position, part in enumerate(parts[:-1]):
                 if part == marker:
-                    candidates[".".join(parts[: position + 1]) + "."] = None
+                    with_marker[".".join(parts[: position + 1]) + "."] = None
+                    before_marker["".join(f"{name}." for name in parts[:position])] = None
+    candidates = with_marker | before_marker
     shared = _shared_parts(state_dict)
     for length in range(len(shared), 0, -1):
         candidates[".".join(shared[:length]) + "."] = None

@@ -1,17 +1,29 @@
 """How each original's options, as the reference data names them, are said to our projectors.
 
-A projector that gains reference data gains one entry here; a case without an entry is reported as skipped.
+A projector that gains reference data gains one entry in CASES; reference data that no entry claims fails its test. The
+same original in other sizes is claimed by the beginning of its name: `c_abstractor_12x12` by `c_abstractor`.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-REFERENCE_FOLDER = Path(os.environ.get("LLAVA_SAEP_GOLDEN") or Path(__file__).parents[1] / "golden" / "projectors")
+from projectors import PatchGrid
+
+_GOLDEN = Path(os.environ.get("LLAVA_SAEP_GOLDEN") or Path(__file__).parents[1] / "golden")
+REFERENCE_FOLDER = _GOLDEN / "projectors" if (_GOLDEN / "projectors").is_dir() else _GOLDEN
+
+Options = Mapping[str, Any]
+
+_ATTENTION = 1e-4
+_NUM_QUERIES = ("num_queries", "num_query_tokens", "query_num", "latents", "num_latents")
+_DEPTH = ("depth", "layers", "num_layers", "decoder_layers", "num_hidden_layers")
+_FACTOR = ("factor", "scale_factor", "spatial_merge_size")
 
 
 @dataclass(frozen=True)
@@ -19,33 +31,87 @@ class Case:
     """A spelling of ours, its options from the original's, and the agreement to ask for.
 
     1e-5 absolute at these scales for linear and convolution modules (float32, same order of operations), 1e-4 where
-    attention sums in another order.
+    attention sums in another order. `reads_hidden_states` says that the inputs are all hidden states of a tower, from
+    which the projector takes its layers, and not the layers themselves.
     """
 
     spelling: str
-    options: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda original: {}
+    options: Callable[[Options], dict[str, Any]] = lambda original: {}
     tolerance: float = 1e-5
+    reads_hidden_states: bool = False
 
 
-def _c_abstractor_options(original: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "num_queries": original["num_query_tokens"],
-        "depth": original["depth"],
-        "hidden_size": original["hidden_size"],
-        "position_grid": [original["grid"], original["grid"]],
-    }
+def grid_of(original: Options) -> PatchGrid:
+    """`grid` is the side of a square, or height and width."""
+    grid = original["grid"]
+    return PatchGrid(grid, grid) if isinstance(grid, int) else PatchGrid(*grid)
 
 
-def _qformer_options(original: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("num_queries", "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
-    return {name: original[name] for name in names}
+def _renamed(original: Options, names: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    """Ours -> the first of the original's names that is given; what is not given stays at our default."""
+    given = {ours: next((name for name in theirs if name in original), None) for ours, theirs in names.items()}
+    return {ours: original[name] for ours, name in given.items() if name is not None}
+
+
+def _taking(**names: tuple[str, ...]) -> Callable[[Options], dict[str, Any]]:
+    return lambda original: _renamed(original, names)
+
+
+def _honeybee_options(original: Options) -> dict[str, Any]:
+    names = {"num_queries": _NUM_QUERIES, "depth": _DEPTH, "hidden_size": ("hidden_size",)}
+    return _renamed(original, names) | {"position_grid": list(grid_of(original))}
+
+
+def _qformer_options(original: Options) -> dict[str, Any]:
+    names = (
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "intermediate_size",
+        "cross_attention_frequency",
+    )
+    return _renamed(original, {name: (name,) for name in names} | {"num_queries": _NUM_QUERIES})
+
+
+def _internvl_options(original: Options) -> dict[str, Any]:
+    ratio = original.get("downsample_ratio")
+    return _renamed(original, {"factor": _FACTOR}) | ({"factor": round(1 / ratio)} if ratio else {})
+
+
+def _token_packer_options(original: Options) -> dict[str, Any]:
+    # The inputs are the layers themselves: the query's, then those that the original concatenates.
+    return _renamed(original, {"factor": _FACTOR}) | {"query_pooling": "bilinear"}
 
 
 CASES = {
     "linear": Case("linear"),
-    "mlp2x_gelu": Case("mlp2x_gelu"),
-    "mlp3x_gelu": Case("mlp3x_gelu"),
-    "deco": Case("deco", lambda original: {"num_queries": original["query_num"]}),
-    "c_abstractor": Case("c_abstractor", _c_abstractor_options),
-    "qformer": Case("qformer", _qformer_options, tolerance=1e-4),
+    "deco": Case("deco", _taking(num_queries=_NUM_QUERIES)),
+    "llava_next_pooler": Case("conv_pool", _taking(factor=_FACTOR)),
+    "c_abstractor": Case("c_abstractor", _honeybee_options),
+    "d_abstractor": Case("d_abstractor", _honeybee_options, _ATTENTION),
+    "honeybee_resampler": Case("resampler", _taking(num_queries=_NUM_QUERIES, depth=_DEPTH), _ATTENTION),
+    "qformer": Case("qformer", _qformer_options, _ATTENTION),
+    "perceiver_resampler": Case("perceiver", _taking(num_queries=_NUM_QUERIES, depth=_DEPTH), _ATTENTION),
+    "tinyllava_resampler": Case("perceiver_tinyllava", _taking(num_queries=_NUM_QUERIES, depth=_DEPTH), _ATTENTION),
+    "ldp": Case("ldp"),
+    "ldpv2": Case("ldpv2", lambda original: {"output_grid": [12, 12]}),
+    "token_packer": Case("token_packer", _token_packer_options, _ATTENTION),
+    "internvl_pixel_shuffle": Case("pixel_shuffle_internvl", _internvl_options),
+    "idefics3_pixel_shuffle": Case("pixel_shuffle_idefics3", _taking(factor=_FACTOR)),
+    "qwen2vl_merger": Case("patch_merger_qwen2_vl", _taking(factor=_FACTOR)),
+    "qwen2_5vl_merger": Case("patch_merger_qwen2_5_vl", _taking(factor=_FACTOR)),
+    "dense_connector_sti": Case("dense_connector_sti", reads_hidden_states=True),
+    "dense_connector_sci": Case("dense_connector_sci", reads_hidden_states=True),
+    "dense_connector_dci": Case("dense_connector_dci", reads_hidden_states=True),
 }
+
+_SPELLED = re.compile(r"mlp\d+x(_res\d+x)?_gelu")
+
+
+def find_case(name: str, original: Options) -> Case | None:
+    """The entry that claims a reference: LLaVA's own spelling of an MLP, or the longest name that it begins with."""
+    spelled = _SPELLED.match(original.get("projector_type", name)) or _SPELLED.match(name)
+    if spelled:
+        return Case(spelled.group())
+    names = [known for known in CASES if re.match(rf"{re.escape(known)}(?![a-z0-9])", name)]
+    return CASES[max(names, key=len)] if names else None
