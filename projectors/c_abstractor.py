@@ -119,6 +119,7 @@ def build_stage(in_channels: int, channels: int, depth: int) -> nn.Sequential:
     summary="Honeybee's C-Abstractor: residual convolution blocks around adaptive pooling; a fixed number of tokens.",
     paper="https://arxiv.org/abs/2312.06742",
     aliases=("c-abs",),
+    token_formula="num_queries + num_eos_tokens",
 )
 class CAbstractor(Projector):
     """Position embedding, blocks, AdaptiveAvgPool2d(sqrt(num_queries)), blocks, `readout_depth` Linear with SiLU.

@@ -23,6 +23,10 @@ class MLPConfig(ProjectorConfig):
 
     depth: int = option(2, "number of Linear layers, with GELU between each two", minimum=1)
 
+    @property
+    def reads_patch_map(self) -> bool:
+        return False
+
     def num_output_tokens(self, grid: PatchGrid) -> int:
         return self.num_input_tokens(grid)
 
@@ -39,6 +43,7 @@ def parse_mlp_spelling(spelling: str) -> dict[str, int] | None:
     summary="LLaVA-1.5's MLP per token (mlp2x_gelu by default); keeps every token.",
     paper="https://arxiv.org/abs/2310.03744",
     parse_spelling=parse_mlp_spelling,
+    token_formula="H * W + keep_cls_token",
 )
 class MLPProjector(Projector):
     """Linear(layers * vision_hidden_size -> text_hidden_size), then depth - 1 times exact GELU and Linear.

@@ -47,6 +47,10 @@ class QFormerConfig(ProjectorConfig):
                 f"{self.num_attention_heads}"
             )
 
+    @property
+    def reads_patch_map(self) -> bool:
+        return False
+
     def num_output_tokens(self, grid: PatchGrid) -> int:
         refuse_small_grid(grid)
         return self.num_queries
@@ -167,6 +171,7 @@ class QFormerModel(nn.Module):
     config=QFormerConfig,
     summary="BLIP-2's Q-Former: learned queries with cross-attention to the image; a fixed number of tokens.",
     paper="https://arxiv.org/abs/2301.12597",
+    token_formula="num_queries",
 )
 class QFormer(Projector):
     """Queries through a BERT-like post-norm encoder, then a Linear layer to the language model's width.
