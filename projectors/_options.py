@@ -62,6 +62,8 @@ def describe_type(hint: Any) -> str:
         if arguments[-1] is Ellipsis:
             return f"list of {describe_type(arguments[0])}"
         return f"{len(arguments)} values: " + ", ".join(describe_type(argument) for argument in arguments)
+    if origin is dict:
+        return "options (a JSON object, or [key=value,...])"
     return {bool: "true or false"}.get(hint, getattr(hint, "__name__", str(hint)))
 
 
@@ -154,6 +156,8 @@ def _convert(value: Any, hint: Any, from_text: bool) -> Any:
         return _convert_union(value, arguments, from_text)
     if origin is tuple:
         return _convert_tuple(value, arguments, from_text)
+    if origin is dict:
+        return _convert_nested_options(value, from_text)
     if isinstance(value, str) and hint is not str:
         return _convert_text(value, hint) if from_text else _REFUSED
     if hint is float and type(value) is int:
@@ -168,6 +172,14 @@ def _convert_text(text: str, hint: Any) -> Any:
         return hint(text.strip())
     except (TypeError, ValueError):
         return _REFUSED
+
+
+def _convert_nested_options(value: Any, from_text: bool) -> Any:
+    """Options inside an option: a JSON object, or the text that `parse_projector_options` reads, in brackets."""
+    if from_text and isinstance(value, str):
+        text = value.strip()
+        value = parse_projector_options(text[1:-1] if text.startswith("[") and text.endswith("]") else text)
+    return dict(value) if isinstance(value, Mapping) else _REFUSED
 
 
 def _convert_literal(value: Any, choices: tuple, from_text: bool) -> Any:
@@ -217,7 +229,7 @@ def _tuple_text_to_list(text: str) -> Any:
 def _check_range(label: str, value: Any, metadata: Mapping[str, Any]) -> None:
     minimum, maximum = metadata.get("minimum"), metadata.get("maximum")
     for entry in value if isinstance(value, tuple) else (value,):
-        if entry is None or isinstance(entry, str):
+        if entry is None or isinstance(entry, str | dict):
             continue
         if minimum is not None and entry < minimum:
             raise ProjectorError(f"{label}: got {entry}, expected at least {minimum}")

@@ -83,6 +83,11 @@ def _token_packer_options(original: Options) -> dict[str, Any]:
     return _renamed(original, {"factor": _FACTOR}) | {"query_pooling": "bilinear"}
 
 
+def _sparse_layers(original: Options) -> dict[str, Any]:
+    # The original names these two for every tower; ours takes the same relative depths.
+    return {"vision_layers": [7, 15, -2]}
+
+
 CASES = {
     "linear": Case("linear"),
     "deco": Case("deco", _taking(num_queries=_NUM_QUERIES)),
@@ -100,8 +105,8 @@ CASES = {
     "idefics3_pixel_shuffle": Case("pixel_shuffle_idefics3", _taking(factor=_FACTOR)),
     "qwen2vl_merger": Case("patch_merger_qwen2_vl", _taking(factor=_FACTOR)),
     "qwen2_5vl_merger": Case("patch_merger_qwen2_5_vl", _taking(factor=_FACTOR)),
-    "dense_connector_sti": Case("dense_connector_sti", reads_hidden_states=True),
-    "dense_connector_sci": Case("dense_connector_sci", reads_hidden_states=True),
+    "dense_connector_sti": Case("dense_connector_sti", _sparse_layers, reads_hidden_states=True),
+    "dense_connector_sci": Case("dense_connector_sci", _sparse_layers, reads_hidden_states=True),
     "dense_connector_dci": Case("dense_connector_dci", reads_hidden_states=True),
 }
 
