@@ -15,7 +15,7 @@ import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,10 +39,14 @@ SpellingParser = Callable[[str], Mapping[str, Any] | None]
 
 @dataclass(frozen=True)
 class ProjectorPreset:
-    """A name for a projector with some of its options fixed; a checkpoint stores the projector and the options."""
+    """A name for a projector with some of its options fixed; a checkpoint stores the projector and the options.
+
+    `options` are what the name means: other values are refused. `defaults` hold unless the user says otherwise.
+    """
 
     options: Mapping[str, Any]
     summary: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -192,7 +196,11 @@ def register_projector(
             raise ProjectorError(f"projector {name!r}: config is {config!r}, expected a subclass of ProjectorConfig")
         provider = _provider_of(module_class)
         checked_presets = {
-            preset_name: ProjectorPreset(convert_options(preset_name, config, preset.options), preset.summary)
+            preset_name: replace(
+                preset,
+                options=convert_options(preset_name, config, preset.options),
+                defaults=convert_options(preset_name, config, preset.defaults),
+            )
             for preset_name, preset in (presets or {}).items()
         }
         spec = ProjectorSpec(
@@ -275,6 +283,8 @@ def select_projector(
                 f"projector {spelling!r} means {option_name}={value}, but option {option_name!r} says "
                 f"{given[option_name]}; leave one of them out"
             )
+    if spelling in spec.presets:
+        given = {**spec.presets[spelling].defaults, **given}
     given = convert_options(spec.name, spec.config_class, given)
     return ProjectorSelection(spec.name, spec.provider, given)
 

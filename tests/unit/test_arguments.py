@@ -192,6 +192,22 @@ def test_single_layer_is_applied_to_a_projector_of_one_layer(caplog):
     assert not caplog.records
 
 
+def test_a_preset_that_names_its_layer_ignores_the_scripts_single_one(caplog):
+    with caplog.at_level(logging.WARNING, "llava_saep"):
+        options = projector_options("--mm_projector_type", "saep_single_layer", "--mm_vision_select_layer", "-1")
+    assert list(options["vision_layers"]) == [-2]
+    assert not caplog.records
+    with pytest.raises(ProjectorError, match="saep_single_layer"):
+        projector_options("--mm_projector_type", "saep_single_layer", "--mm_vision_select_layer", "3", "6")
+
+
+def test_dense_connector_reads_the_layers_of_its_kind(caplog):
+    flags = ["--mm_projector_type", "dense_connector_sci", "--mm_vision_select_layer", "-2"]
+    with caplog.at_level(logging.WARNING, "llava_saep"):
+        assert "vision_layers" not in projector_options(*flags)
+    assert "is not applied" in caplog.text
+
+
 def test_several_layers_are_applied():
     options = projector_options("--mm_projector_type", "saep", "--mm_vision_select_layer", "3", "6", "9")
     assert list(options["vision_layers"]) == [3, 6, 9]
