@@ -22,6 +22,7 @@ from .maps import (
 )
 from .mlp import build_mlp
 from .positions import LearnedPositions, SincosPositions, resize_positions, sincos_positions
+from .windows import fold_windows, pad_to_windows, split_windows
 
 __all__ = [
     "DepthwiseConv2d",
@@ -32,15 +33,18 @@ __all__ = [
     "SqueezeExcite",
     "build_mlp",
     "constant_",
+    "fold_windows",
     "map_to_tokens",
     "normal_",
     "ones_",
     "pad_to_multiple",
+    "pad_to_windows",
     "reset_module",
     "reset_module_normal",
     "reset_module_trunc_normal",
     "resize_positions",
     "sincos_positions",
+    "split_windows",
     "tokens_to_map",
     "trunc_normal_",
     "uniform_",
