@@ -1,4 +1,7 @@
-"""LLaVA-1.5's multi-layer perceptron per token, `mlp{N}x_gelu` (arXiv 2310.03744)."""
+"""LLaVA-1.5's multi-layer perceptron per token, `mlp{N}x_gelu` (arXiv 2310.03744).
+
+LLaVA-NeXT's `mlp{N}x_res{M}x_gelu` is the same with M residual blocks behind it.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._base import PatchGrid, Projector, ProjectorConfig
+from ._errors import ProjectorError
 from ._options import option
 from ._registry import register_projector
 from .layers import build_mlp, reset_module
@@ -22,6 +26,9 @@ class MLPConfig(ProjectorConfig):
     """Several layers of the tower are concatenated along the channels, as in transformers' Llava."""
 
     depth: int = option(2, "number of Linear layers, with GELU between each two", minimum=1)
+    num_residual_blocks: int = option(
+        0, "LayerNorm, Linear, GELU, Linear, added to the normalised input, as often as this after the MLP", minimum=0
+    )
 
     @property
     def reads_patch_map(self) -> bool:
@@ -31,10 +38,39 @@ class MLPConfig(ProjectorConfig):
         return self.num_input_tokens(grid)
 
 
+class NormedResidualBlock(nn.Module):
+    """LayerNorm (eps 1e-5), then Linear, exact GELU and Linear, added to the output of the norm.
+
+    The residual is what the norm gives, not what the block is given: LLaVA-NeXT's SimpleResBlock.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.pre_norm = nn.LayerNorm(channels)
+        self.proj = build_mlp(channels, channels, depth=2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        normed = self.pre_norm(tokens)
+        return normed + self.proj(normed)
+
+
 def parse_mlp_spelling(spelling: str) -> dict[str, int] | None:
-    """`mlp2x_gelu` -> {"depth": 2}; None for anything else."""
-    match = re.fullmatch(r"mlp(\d+)x_gelu", spelling)
-    return {"depth": int(match.group(1))} if match else None
+    """`mlp2x_gelu` -> {"depth": 2}, `mlp2x_res1x_gelu` -> also {"num_residual_blocks": 1}; None for anything else.
+
+    Raises:
+        ProjectorError: the spelling asks for an MLP without a Linear layer.
+    """
+    match = re.fullmatch(r"mlp(\d+)x(?:_res(\d+)x)?_gelu", spelling)
+    if match is None:
+        return None
+    depth, num_residual_blocks = match.groups()
+    if int(depth) == 0:
+        raise ProjectorError(
+            f"projector {spelling!r} has 0 Linear layers, expected at least 1, as in 'mlp1x_gelu'; features pass "
+            "unchanged with 'identity'"
+        )
+    options = {"depth": int(depth)}
+    return options if num_residual_blocks is None else options | {"num_residual_blocks": int(num_residual_blocks)}
 
 
 @register_projector(
@@ -48,13 +84,17 @@ def parse_mlp_spelling(spelling: str) -> dict[str, int] | None:
 class MLPProjector(Projector):
     """Linear(layers * vision_hidden_size -> text_hidden_size), then depth - 1 times exact GELU and Linear.
 
-    Source: LLaVA `llava/model/multimodal_projector/builder.py` (Apache-2.0); its keys are `{0,2,...}.{weight,bias}`,
-    transformers' are `linear_1`, `linear_2`. Both load.
+    LLaVA-NeXT's `mlp{N}x_res{M}x_gelu` ends with M blocks that add an MLP's output to their normalised input.
+
+    Source: LLaVA and LLaVA-NeXT `llava/model/multimodal_projector/builder.py` (Apache-2.0); their keys are
+    `{0,2,...}.{weight,bias}` and `{3,...}.{pre_norm,proj.0,proj.2}`, transformers' are `linear_1`, `linear_2`; all
+    load.
     """
 
     def __init__(self, config: MLPConfig) -> None:
         super().__init__(config)
         self.mlp = build_mlp(config.fused_hidden_size, config.text_hidden_size, config.depth)
+        self.mlp.extend(NormedResidualBlock(config.text_hidden_size) for _ in range(config.num_residual_blocks))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

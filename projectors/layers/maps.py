@@ -6,6 +6,8 @@ norms and 1x1 convolutions run on the channels-last axis without a copy, and onl
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, cat, nn
 from torch.nn import functional
 
@@ -70,14 +72,21 @@ class DepthwiseConv2d(nn.Conv2d):
 class SqueezeExcite(nn.Module):
     """Squeeze-and-excitation (arXiv 1709.01507): scale each channel by a gate computed from the channel means.
 
-    SiLU between the two 1x1 convolutions and a sigmoid gate, as in timm's SEModule with act_layer=SiLU.
+    By default SiLU between the two 1x1 convolutions and a sigmoid gate, as in timm's SEModule with act_layer=SiLU.
     """
 
-    def __init__(self, channels: int, squeezed_channels: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        squeezed_channels: int,
+        activation: Callable[[Tensor], Tensor] = functional.silu,
+        gate: Callable[[Tensor], Tensor] = functional.sigmoid,
+    ) -> None:
         super().__init__()
+        self.activation, self.gate = activation, gate
         self.fc1 = nn.Conv2d(channels, squeezed_channels, 1)
         self.fc2 = nn.Conv2d(squeezed_channels, channels, 1)
 
     def forward(self, feature_map: Tensor) -> Tensor:
         squeezed = feature_map.mean((2, 3), keepdim=True)
-        return feature_map * self.fc2(functional.silu(self.fc1(squeezed))).sigmoid()
+        return feature_map * self.gate(self.fc2(self.activation(self.fc1(squeezed))))
