@@ -180,6 +180,7 @@ def test_presets_say_the_originals_forms():
     assert internvl.build_config(**sizes) == select_projector("pixel_shuffle").build_config(**sizes)
     config = nanovlm.build_config(**sizes)
     assert (config.factor, config.norm, config.readout_depth, config.readout_bias) == (4, False, 1, False)
+    assert config.init == "normal"
     assert config.num_output_tokens(PatchGrid(24, 24)) == 36
     with pytest.raises(ProjectorError, match="pixel_shuffle_idefics3.*norm=False"):
         select_projector("pixel_shuffle_idefics3", {"norm": True})
