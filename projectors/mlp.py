@@ -66,8 +66,8 @@ def parse_mlp_spelling(spelling: str) -> dict[str, int] | None:
     depth, num_residual_blocks = match.groups()
     if int(depth) == 0:
         raise ProjectorError(
-            f"projector {spelling!r} has 0 Linear layers, expected at least 1, as in 'mlp1x_gelu'; features pass "
-            "unchanged with 'identity'"
+            f"projector {spelling!r} means depth=0, an MLP without a Linear layer; expected at least 1, as in "
+            "'mlp1x_gelu'. Features pass unchanged with 'identity'."
         )
     options = {"depth": int(depth)}
     return options if num_residual_blocks is None else options | {"num_residual_blocks": int(num_residual_blocks)}
