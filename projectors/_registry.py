@@ -1,8 +1,9 @@
 """Projectors by name: registration, look-up, and the selection that a checkpoint stores.
 
 Look-up, first hit wins and never by substring: an exact name or alias (built-ins are found by listing this folder), an
-installed entry point, a user's own `package.module:Class` or `path/to/file.py:Class`, a spelling that carries options
-(`mlp2x_gelu`). A configuration file must not be able to run code, so the third kind needs the caller's consent.
+installed entry point, a user's own `package.module:Class` or `path/to/file.py:Class`, a preset, a spelling that carries
+options (`mlp2x_gelu`), and at last what installed packages register beside the names that they announce, for which all
+of them are imported. A configuration file must not be able to run code, so the third kind needs the caller's consent.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import itertools
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +34,7 @@ ENTRY_POINT = "entry-point"
 
 _PACKAGE = __package__
 _NOT_PROJECTORS = ("conformance",)
+_FILE_MODULE_PREFIX = "projector_file_"
 _OUTSIDE_HINT = "A projector outside this package is named as 'package.module:Class' or 'path/to/file.py:Class'."
 
 SpellingParser = Callable[[str], Mapping[str, Any] | None]
@@ -54,6 +57,7 @@ class ProjectorSpec:
     """What the registry knows about one projector.
 
     `provider` says where the class comes from: "built-in", "entry-point", or the `module:Class` of a user's own code.
+    `package` is the installed package of an entry point, as "my-projector 0.1.0"; empty for all others.
     `parse_spelling` maps a spelling that carries options (`mlp2x_gelu`) to those options, or to None.
     `token_formula` says how many tokens an H x W grid gives, in Python's arithmetic where that is possible.
     """
@@ -68,6 +72,7 @@ class ProjectorSpec:
     parse_spelling: SpellingParser | None = field(default=None, repr=False)
     token_formula: str = ""
     presets: Mapping[str, ProjectorPreset] = field(default_factory=dict)
+    package: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,8 +92,11 @@ class ProjectorSelection:
         return projector_spec(self.name)
 
     def to_dict(self) -> dict[str, Any]:
-        """{"name", "provider", "options"}, JSON-able."""
-        return {"name": self.name, "provider": self.provider, "options": dict(self.options)}
+        """{"name", "provider", "options"}, JSON-able, and for an entry point the "package" that offers it."""
+        stored = {"name": self.name, "provider": self.provider, "options": dict(self.options)}
+        if self.provider == ENTRY_POINT and self.name in _specs and _specs[self.name].package:
+            stored["package"] = _specs[self.name].package
+        return stored
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any], trust_projector_code: bool = False) -> ProjectorSelection:
@@ -98,13 +106,15 @@ class ProjectorSelection:
             ProjectorError: malformed entry; unknown projector or option; code outside this package without consent;
                 a registered projector of that name that comes from elsewhere.
         """
-        unknown = set(stored) - {"name", "provider", "options"}
+        unknown = set(stored) - {"name", "provider", "options", "package"}
         if "name" not in stored or unknown:
             raise ProjectorError(
                 f"stored projector {dict(stored)!r}: expected the keys 'name', 'provider' and 'options'"
             )
         provider = stored.get("provider", BUILT_IN)
         is_own_code = provider not in (BUILT_IN, ENTRY_POINT)
+        if provider == ENTRY_POINT:
+            _require_plug_in(stored["name"], stored.get("package", ""))
         selection = select_projector(
             provider if is_own_code else stored["name"], stored.get("options"), trust_projector_code
         )
@@ -160,7 +170,7 @@ _presets: dict[str, str] = {}
 
 class _LoadState:
     built_ins_loaded = False
-    provider: str | None = None
+    plug_in: importlib.metadata.EntryPoint | None = None
 
 
 def register_projector(
@@ -194,7 +204,7 @@ def register_projector(
             raise ProjectorError(f"projector {name!r}: got {module_class!r}, expected a subclass of Projector")
         if not (isinstance(config, type) and issubclass(config, ProjectorConfig)):
             raise ProjectorError(f"projector {name!r}: config is {config!r}, expected a subclass of ProjectorConfig")
-        provider = _provider_of(module_class)
+        provider, package = _origin_of(module_class)
         checked_presets = {
             preset_name: replace(
                 preset,
@@ -214,6 +224,7 @@ def register_projector(
             parse_spelling,
             token_formula,
             checked_presets,
+            package,
         )
         _add(spec)
         return module_class
@@ -224,13 +235,30 @@ def register_projector(
 def registered_projectors() -> tuple[str, ...]:
     """Canonical names, sorted: built-ins, what has been registered since, and installed entry points (not loaded)."""
     _load_built_ins()
-    return tuple(sorted({*_specs, *_entry_points()}))
+    announced = {name for name in _entry_points() if name not in _aliases and name not in _presets}
+    return tuple(sorted({*_specs, *announced}))
 
 
 def registered_presets() -> dict[str, ProjectorPreset]:
-    """Names that stand for a projector with some options fixed, sorted; entry points count once they are loaded."""
+    """Names that stand for a projector with some options fixed, sorted; a plug-in's count once it is loaded."""
     _load_built_ins()
     return {name: _specs[_presets[name]].presets[name] for name in sorted(_presets)}
+
+
+def load_plug_ins() -> dict[str, ProjectorError]:
+    """Import every installed entry point, so that its presets, aliases and spellings are known too.
+
+    Returns:
+        the entry points that cannot be used, by name, with the reason; they do not disturb the others. Normally empty.
+    """
+    _load_built_ins()
+    problems = {}
+    for name in _entry_points():
+        try:
+            _load_plug_in(name)
+        except ProjectorError as error:
+            problems[name] = error
+    return problems
 
 
 def projector_spec(name: str) -> ProjectorSpec:
@@ -240,8 +268,12 @@ def projector_spec(name: str) -> ProjectorSpec:
         ProjectorError: nothing is registered under that name.
     """
     spec = _find_registered(name)
+    if spec is not None:
+        return spec
+    problems = load_plug_ins()
+    spec = _find_registered(name)
     if spec is None:
-        raise _unknown_projector(name)
+        raise _unknown_projector(name, problems)
     return spec
 
 
@@ -293,8 +325,28 @@ def _find(spelling: str, trust_projector_code: bool) -> tuple[ProjectorSpec, Map
     spec = _find_registered(spelling)
     if spec is None and ":" in spelling:
         spec = _find_own_code(spelling, trust_projector_code)
-    if spec is not None:
-        return spec, {}
+    found = (spec, {}) if spec is not None else _find_with_options(spelling)
+    if found is not None:
+        return found
+    problems = load_plug_ins()
+    spec = _find_registered(spelling)
+    found = (spec, {}) if spec is not None else _find_with_options(spelling)
+    if found is None:
+        raise _unknown_projector(spelling, problems)
+    return found
+
+
+def _find_registered(name: str) -> ProjectorSpec | None:
+    _load_built_ins()
+    canonical = _aliases.get(name, name)
+    if canonical not in _specs and name not in _presets and name in _entry_points():
+        _load_plug_in(name)
+        canonical = _aliases.get(name, name)
+    return _specs.get(canonical)
+
+
+def _find_with_options(spelling: str) -> tuple[ProjectorSpec, Mapping[str, Any]] | None:
+    """The projector and the options that a preset's name or a spelling stands for."""
     if spelling in _presets:
         spec = _specs[_presets[spelling]]
         return spec, spec.presets[spelling].options
@@ -302,38 +354,113 @@ def _find(spelling: str, trust_projector_code: bool) -> tuple[ProjectorSpec, Map
         options = candidate.parse_spelling(spelling) if candidate.parse_spelling else None
         if options is not None:
             return candidate, options
-    raise _unknown_projector(spelling)
+    return None
 
 
-def _find_registered(name: str) -> ProjectorSpec | None:
-    _load_built_ins()
-    canonical = _aliases.get(name, name)
-    if canonical in _specs:
-        return _specs[canonical]
-    entry_point = _entry_points().get(name)
-    if entry_point is None:
-        return None
-    try:
-        with _ProviderScope(ENTRY_POINT):
-            entry_point.load()
-    except ImportError as error:
-        raise ProjectorError(f"entry point {name!r} ({entry_point.value}) cannot be imported: {error}") from error
-    if name not in _specs:
-        raise ProjectorError(
-            f"entry point {name!r} ({entry_point.value}) of group {ENTRY_POINT_GROUP} registers no projector {name!r}"
-        )
-    return _specs[name]
-
-
-def _unknown_projector(spelling: str) -> ProjectorError:
+def _unknown_projector(spelling: str, problems: Mapping[str, ProjectorError]) -> ProjectorError:
     known = (*registered_projectors(), *registered_presets())
     message = unknown_name_message("projector", spelling, known, "Registered")
-    return ProjectorError(f"{message} {_OUTSIDE_HINT}")
+    return ProjectorError(" ".join([message, _OUTSIDE_HINT, *_unusable_plug_ins(problems)]))
 
 
-def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
-    found = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
-    return {entry_point.name: entry_point for entry_point in found}
+def _unusable_plug_ins(problems: Mapping[str, ProjectorError]) -> list[str]:
+    """A sentence on each, for messages that somebody reads who may be looking for it."""
+    return [f"Not usable: {problem}." for problem in problems.values()]
+
+
+# Installed packages
+
+
+def _entry_points() -> dict[str, list[importlib.metadata.EntryPoint]]:
+    """What installed packages announce, by name; more than one only where two packages chose the same name."""
+    found: dict[str, list[importlib.metadata.EntryPoint]] = {}
+    for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        found.setdefault(entry_point.name, []).append(entry_point)
+    return found
+
+
+def _load_plug_in(name: str) -> None:
+    """Import the module of an entry point, which registers what it holds.
+
+    Raises:
+        ProjectorError: two packages offer the name, the import fails, or the name is not registered by it.
+    """
+    entry_point, *others = _entry_points()[name]
+    if any(other.value != entry_point.value for other in others):
+        offers = " and ".join(map(_described, (entry_point, *others)))
+        raise ProjectorError(
+            f"projector {name!r} is offered by more than one installed package: {offers}; uninstall all but one, or "
+            "name the class as 'package.module:Class'"
+        )
+    before = set(_specs)
+    _LoadState.plug_in = entry_point
+    try:
+        entry_point.load()
+    except (Exception, SystemExit) as error:  # other people's code may raise anything
+        _forget_failed_imports(before)
+        raise ProjectorError(f"{_described(entry_point)} cannot be imported: {_first_line(error)}") from error
+    finally:
+        _LoadState.plug_in = None
+    if not any(name in names for names in (_specs, _aliases, _presets)):
+        package = _top_level(entry_point.value)
+        own = [other for other, spec in _specs.items() if _top_level(spec.module_class.__module__) == package]
+        raise ProjectorError(
+            f"{_described(entry_point)} of group {ENTRY_POINT_GROUP} registers no projector {name!r}. It registers: "
+            f"{', '.join(sorted(own)) or 'none'}; an entry point is named as its projector is registered"
+        )
+
+
+def _described(entry_point: importlib.metadata.EntryPoint) -> str:
+    package = _package_of(entry_point)
+    return f"entry point {entry_point.name!r} ({entry_point.value}){f' of package {package}' if package else ''}"
+
+
+def _package_of(entry_point: importlib.metadata.EntryPoint) -> str:
+    """Name and version, as in my-projector 0.1.0; empty where the entry point does not say."""
+    distribution = getattr(entry_point, "dist", None)
+    return f"{distribution.name} {distribution.version}" if distribution is not None else ""
+
+
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, ProjectorError):
+        return str(error)
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _forget_failed_imports(registered_before: set[str]) -> None:
+    """Unregister what a module registered before its import failed: Python has dropped the module as well."""
+    for name in set(_specs) - registered_before:
+        if _specs[name].module_class.__module__ not in sys.modules:
+            del _specs[name]
+            for names in (_aliases, _presets):
+                for other in [other for other, target in names.items() if target == name]:
+                    del names[other]
+
+
+def _require_plug_in(name: str, package: str) -> None:
+    """Say what to install where a stored projector came from a package that is not there.
+
+    Raises:
+        ProjectorError: no installed package registers the projector.
+    """
+    _load_built_ins()
+    if name in _specs or name in _entry_points():
+        return
+    problems = load_plug_ins()  # a package may register more projectors than it announces
+    if name in _specs:
+        return
+    source = f"the package {package}" if package else "an installed package"
+    requirement = package.replace(" ", "==") if package else "PACKAGE"
+    message = (
+        f"stored projector {name!r} came from {source} (an entry point of the group {ENTRY_POINT_GROUP}), and no "
+        f"package that is installed here offers it. Install the package into this environment: pip install "
+        f"{requirement}, or pip install and the folder that holds it."
+    )
+    raise ProjectorError(" ".join([message, *_unusable_plug_ins(problems)]))
+
+
+# Built-ins
 
 
 def _load_built_ins() -> None:
@@ -359,23 +486,27 @@ def _add(spec: ProjectorSpec) -> None:
     _presets.update(dict.fromkeys(spec.presets, spec.name))
 
 
-def _provider_of(module_class: type[Projector]) -> str:
-    if module_class.__module__.startswith(f"{_PACKAGE}."):
-        return BUILT_IN
-    return _LoadState.provider or f"{module_class.__module__}:{module_class.__qualname__}"
+def _origin_of(module_class: type[Projector]) -> tuple[str, str]:
+    """The provider of a class and its package, the same whoever imported its module first."""
+    module_name, class_name = module_class.__module__, module_class.__qualname__
+    if module_name.startswith(f"{_PACKAGE}."):
+        return BUILT_IN, ""
+    if _LoadState.plug_in is not None:
+        return ENTRY_POINT, _package_of(_LoadState.plug_in)
+    for entry_point in itertools.chain.from_iterable(_entry_points().values()):
+        if _top_level(entry_point.value) == _top_level(module_name):
+            return ENTRY_POINT, _package_of(entry_point)
+    if module_name.startswith(_FILE_MODULE_PREFIX):
+        module_name = str(sys.modules[module_name].__file__)
+    return f"{module_name}:{class_name}", ""
 
 
-class _ProviderScope:
-    """While active, newly registered classes are recorded as coming from `provider`."""
+def _top_level(module_name: str) -> str:
+    """`my_projector.pooling:Class` -> `my_projector`."""
+    return module_name.partition(":")[0].partition(".")[0]
 
-    def __init__(self, provider: str) -> None:
-        self.provider = provider
 
-    def __enter__(self) -> None:
-        self.previous, _LoadState.provider = _LoadState.provider, self.provider
-
-    def __exit__(self, *exception: object) -> None:
-        _LoadState.provider = self.previous
+# A user's own code
 
 
 def _find_own_code(spelling: str, trust_projector_code: bool) -> ProjectorSpec:
@@ -386,8 +517,12 @@ def _find_own_code(spelling: str, trust_projector_code: bool) -> ProjectorSpec:
         )
     spelling = _lasting_spelling(spelling)
     module_name, _, class_name = spelling.rpartition(":")
-    with _ProviderScope(spelling):
+    before = set(_specs)
+    try:
         module = _import_file(Path(module_name)) if module_name.endswith(".py") else _import_module(module_name)
+    except BaseException:
+        _forget_failed_imports(before)  # whoever mends the code may try again in this process
+        raise
     module_class = getattr(module, class_name, None)
     if not (isinstance(module_class, type) and issubclass(module_class, Projector)):
         found = [name for name, value in vars(module).items() if _is_projector_class(value)]
@@ -395,7 +530,8 @@ def _find_own_code(spelling: str, trust_projector_code: bool) -> ProjectorSpec:
             f"projector {spelling!r}: {module_name} holds no Projector class {class_name!r}. "
             f"It holds: {', '.join(found) or 'none'}."
         )
-    return spec_of_class(module_class)
+    # The provider is what was named, also where the class belongs to an installed package too.
+    return replace(spec_of_class(module_class), provider=spelling, package="")
 
 
 def _lasting_spelling(spelling: str) -> str:
@@ -436,8 +572,11 @@ def _import_module(name: str) -> ModuleType:
 def _import_file(path: Path) -> ModuleType:
     """Import a file once, under a name that follows from its path, so that pickling its classes works."""
     if not path.is_file():
-        raise ProjectorError(f"cannot import {str(path)!r} for a projector: there is no such file")
-    name = f"projector_file_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
+        raise ProjectorError(
+            f"cannot import {str(path)!r} for a projector: there is no such file. If a checkpoint names it, put it "
+            "back there, or write its new place into the checkpoint's config.json and processor_config.json"
+        )
+    name = f"{_FILE_MODULE_PREFIX}{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]
     module_spec = importlib.util.spec_from_file_location(name, path)

@@ -27,7 +27,12 @@ class BlurConfig(ProjectorConfig):
         return grid.num_patches
 
 
-@register_projector("blur", config=BlurConfig, summary="Average each patch with its neighbours, then project it.")
+@register_projector(
+    "blur",
+    config=BlurConfig,
+    summary="Average each patch with its neighbours, then project it.",
+    token_formula="H * W",
+)
 class BlurProjector(Projector):
     def __init__(self, config: BlurConfig) -> None:
         super().__init__(config)

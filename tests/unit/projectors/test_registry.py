@@ -19,8 +19,10 @@ from projectors import (
     ProjectorConfig,
     ProjectorError,
     ProjectorSelection,
+    load_plug_ins,
     projector_spec,
     register_projector,
+    registered_presets,
     registered_projectors,
     select_projector,
 )
@@ -129,7 +131,7 @@ def test_spelled_option_must_agree_with_the_given_one():
 
 
 def test_spelled_option_is_checked():
-    with pytest.raises(ProjectorError, match="depth.*at least 1"):
+    with pytest.raises(ProjectorError, match="0.*at least 1"):
         select_projector("mlp0x_gelu")
 
 
@@ -295,3 +297,195 @@ def test_entry_point_that_cannot_be_imported_is_explained(plug_in, monkeypatch):
     )
     with pytest.raises(ProjectorError, match="blur_lab.blur:Blur.*no_such_lab"):
         select_projector("blur")
+
+
+# Installed packages: folders as pip leaves them
+
+LAB = '''
+from projectors import Projector, ProjectorConfig, ProjectorPreset, option, register_projector
+from dataclasses import dataclass
+
+@dataclass(frozen=True, kw_only=True)
+class LabConfig(ProjectorConfig):
+    width: int = option(1, "a width", minimum=1)
+
+    def num_output_tokens(self, grid):
+        return grid.num_patches
+
+@register_projector(
+    "lab", config=LabConfig, summary="x", aliases=("lab_alias",), token_formula="H * W",
+    presets={"lab_wide": ProjectorPreset({"width": 9}, "Wide.")},
+    parse_spelling=lambda text: {"width": 5} if text == "lab5" else None,
+)
+class Lab(Projector):
+    """A lab."""
+
+@register_projector("lab_second", config=LabConfig, summary="x", token_formula="H * W")
+class Second(Projector):
+    """Registered by the same module, announced by no entry point."""
+'''
+
+
+@pytest.fixture
+def install(tmp_path, scratch_registry, monkeypatch):
+    """Put a package with entry points where Python finds it, as pip does: modules and a .dist-info folder."""
+    monkeypatch.syspath_prepend(tmp_path)
+    modules = set()
+
+    def write(package, entry_points, source, version="0.1.0"):
+        module = package.replace("-", "_")
+        modules.add(module)
+        (tmp_path / f"{module}.py").write_text(source)
+        info = tmp_path / f"{module}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+        lines = [f"{name} = {value}" for name, value in entry_points.items()]
+        (info / "entry_points.txt").write_text("\n".join(["[llava_saep.projectors]", *lines]))
+        importlib.invalidate_caches()
+
+    yield write
+    for module in modules:
+        sys.modules.pop(module, None)
+
+
+@pytest.fixture
+def lab(install):
+    install("the-lab", {"lab": "the_lab:Lab"}, LAB)
+
+
+@pytest.mark.parametrize(
+    "spelling, name, options",
+    [
+        ("lab", "lab", {}),
+        ("lab_alias", "lab", {}),
+        ("lab_wide", "lab", {"width": 9}),
+        ("lab5", "lab", {"width": 5}),
+        ("lab_second", "lab_second", {}),
+    ],
+)
+def test_all_that_a_plug_in_registers_is_found_without_asking_for_the_plug_in_first(lab, spelling, name, options):
+    """Only `lab` is announced; for the others the packages are imported before the name is called unknown."""
+    selection = select_projector(spelling)
+    assert (selection.name, selection.provider, selection.options) == (name, "entry-point", options)
+
+
+def test_known_names_do_not_import_plug_ins(lab):
+    for spelling in ("saep", "deco", "mlp2x_gelu", "saep_dw_pw"):
+        select_projector(spelling)
+    assert "lab" in registered_projectors() and "lab_wide" not in registered_presets()
+    assert "the_lab" not in sys.modules
+
+
+def test_presets_of_plug_ins_are_listed_once_they_are_loaded(lab):
+    assert load_plug_ins() == {}
+    assert registered_presets()["lab_wide"].options == {"width": 9}
+    assert {"lab", "lab_second"} <= set(registered_projectors())
+
+
+@pytest.mark.parametrize("announced", ["lab_wide", "lab_alias"])
+def test_a_package_may_announce_a_presets_or_aliass_name_too(install, announced):
+    install("the-lab", {announced: "the_lab:Lab"}, LAB)
+    assert select_projector(announced).name == "lab"
+    assert announced not in registered_projectors()  # it is a preset or an alias, and listed as such
+
+
+@pytest.mark.parametrize("name", ["lab", "lab_second"])
+def test_a_checkpoint_of_a_plug_in_loads_in_a_fresh_process(lab, scratch_registry, monkeypatch, name):
+    stored = json.loads(json.dumps(select_projector(name, {"width": 3}).to_dict()))
+    expected = {"name": name, "provider": "entry-point", "options": {"width": 3}, "package": "the-lab 0.1.0"}
+    assert stored == expected
+    from projectors import _registry
+
+    for names in (_registry._specs, _registry._aliases, _registry._presets):
+        for key in [key for key in names if key.startswith("lab")]:
+            del names[key]
+    del sys.modules["the_lab"]
+    assert ProjectorSelection.from_dict(stored).to_dict() == expected
+
+
+@pytest.mark.parametrize("package", ["the-lab 0.1.0", ""])
+def test_a_checkpoint_of_an_absent_plug_in_says_what_to_install(scratch_registry, package):
+    stored = {"name": "lab", "provider": "entry-point", "options": {}} | ({"package": package} if package else {})
+    with pytest.raises(ProjectorError) as error:
+        ProjectorSelection.from_dict(stored)
+    words = ("'lab'", "llava_saep.projectors", "pip install the-lab==0.1.0" if package else "pip install PACKAGE")
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_checkpoint_of_a_broken_plug_in_names_it(install):
+    install("the-lab", {"other": "the_lab:Lab"}, "import no_such_lab")
+    with pytest.raises(ProjectorError, match=r"'lab' came from .*entry point 'other'.*the-lab 0.1.0.*no_such_lab"):
+        ProjectorSelection.from_dict({"name": "lab", "provider": "entry-point", "options": {}})
+
+
+@pytest.mark.parametrize("imported_first", ["the_lab:Lab", "lab", None])
+def test_the_provider_is_what_was_named_whoever_imported_the_module_first(lab, imported_first):
+    if imported_first is None:
+        importlib.import_module("the_lab")
+    else:
+        select_projector(imported_first, trust_projector_code=True)
+    by_name = select_projector("lab")
+    by_class = select_projector("the_lab:Lab", trust_projector_code=True)
+    assert (by_name.provider, by_class.provider) == ("entry-point", "the_lab:Lab")
+    assert by_name.spec is by_class.spec
+    assert "package" not in by_class.to_dict()
+    assert ProjectorSelection.from_dict(by_name.to_dict()) == by_name
+    assert ProjectorSelection.from_dict(by_class.to_dict(), trust_projector_code=True) == by_class
+    with pytest.raises(ProjectorError, match="trust_projector_code"):
+        ProjectorSelection.from_dict(by_class.to_dict())
+
+
+BROKEN_PLUG_INS = {
+    "import no_such_lab": "ModuleNotFoundError: No module named 'no_such_lab'",
+    "x = (": "SyntaxError",
+    "1 / 0": "ZeroDivisionError",
+    "raise SystemExit(3)": "SystemExit",
+    "pass": "AttributeError",  # the entry point names a class that is not there
+    LAB.replace('"lab",', '"saep",'): "'saep' is already registered by projectors.saep:SAEP",
+    LAB.replace('"lab",', '"elsewhere",'): "registers no projector 'lab'. It registers: elsewhere, lab_second",
+    LAB + "\n1 / 0\n": "ZeroDivisionError",
+}
+
+
+@pytest.mark.parametrize("source, words", BROKEN_PLUG_INS.items(), ids=range(len(BROKEN_PLUG_INS)))
+def test_a_broken_plug_in_is_named_and_disturbs_no_other(install, source, words):
+    install("broken-lab", {"lab": "broken_lab:Lab"}, source)
+    install("sound-lab", {"sound": "sound_lab:Lab"}, LAB.replace('"lab', '"sound').replace("lab5", "sound5"))
+    assert {"lab", "sound", "saep"} <= set(registered_projectors())
+    assert select_projector("sound_wide").options == {"width": 9}
+    problems = load_plug_ins()
+    assert list(problems) == ["lab"]
+    assert all(word in str(problems["lab"]) for word in ("'lab' (broken_lab:Lab)", "broken-lab 0.1.0", words))
+    with pytest.raises(ProjectorError) as error:
+        select_projector("lab")
+    assert words in str(error.value)
+    with pytest.raises(ProjectorError) as error:
+        select_projector("no_such_projector")  # which may be what the broken package would have offered
+    assert "unknown projector" in str(error.value) and words in str(error.value)
+
+
+def test_a_plug_in_whose_import_failed_leaves_nothing_behind(install, tmp_path):
+    install("the-lab", {"lab": "the_lab:Lab"}, LAB + "\n1 / 0\n")
+    with pytest.raises(ProjectorError):
+        select_projector("lab")
+    assert "lab_wide" not in registered_presets() and "lab_second" not in registered_projectors()
+    (tmp_path / "the_lab.py").write_text(LAB)
+    importlib.invalidate_caches()
+    assert select_projector("lab_wide").options == {"width": 9}
+
+
+def test_a_mended_file_may_be_named_again_in_the_same_process(own_file):
+    own_file.write_text(OWN_FILE + "\nimport no_such_lab\n")
+    with pytest.raises(ProjectorError, match="no_such_lab"):
+        select_projector(f"{own_file}:Blur", trust_projector_code=True)
+    own_file.write_text(OWN_FILE)
+    assert select_projector(f"{own_file}:Blur", trust_projector_code=True).name == "blur"
+
+
+def test_one_name_in_two_packages_is_refused_with_both(install):
+    install("first-lab", {"lab": "first_lab:Lab"}, LAB)
+    install("second-lab", {"lab": "second_lab:Lab"}, LAB, version="2.0")
+    with pytest.raises(ProjectorError) as error:
+        select_projector("lab")
+    assert all(word in str(error.value) for word in ("first-lab 0.1.0", "second-lab 2.0", "uninstall"))
+    assert select_projector("second_lab:Lab", trust_projector_code=True).name == "lab"
