@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ._base import PatchGrid, Projector, ProjectorConfig, refuse_small_grid
+from ._keys import rename_modules
 from ._registry import register_projector
 from .layers import (
     DepthwiseConv2d,
@@ -121,23 +122,14 @@ class LDP(Projector):
         ours_of = {theirs: ours for ours, theirs in _original_names().items()}
         return {
             ours: tensor.flatten(1) if ".pointwise." in ours and tensor.dim() == 4 else tensor
-            for ours, tensor in _rename_modules(state_dict, ours_of).items()
+            for ours, tensor in rename_modules(state_dict, ours_of).items()
         }
 
     def to_original_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         kernels = {
             ours: tensor[:, :, None, None] if ".pointwise." in ours else tensor for ours, tensor in state_dict.items()
         }
-        return _rename_modules(kernels, _original_names())
-
-
-def _rename_modules(state_dict: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Exchange the part of each key before the parameter's own name; keys without an entry stay."""
-    renamed = {}
-    for key, tensor in state_dict.items():
-        module, dot, parameter = key.rpartition(".")
-        renamed[names.get(module, module) + dot + parameter] = tensor
-    return renamed
+        return rename_modules(kernels, _original_names())
 
 
 def _original_names() -> dict[str, str]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ._base import PatchGrid, Projector, ProjectorConfig, refuse_small_grid
+from ._keys import exchange_prefixes
 from ._options import option
 from ._registry import register_projector
 from .layers import DepthwiseConv2d, build_mlp, map_to_tokens, reset_module, tokens_to_map
@@ -93,15 +94,7 @@ class LDPv2(Projector):
 
     def convert_original_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """MobileVLM's `mlp.mlp.{0,2}` and `peg.peg.0` -> `mlp.{0,2}` and `peg`."""
-        return _exchange_prefixes(state_dict, {theirs: ours for ours, theirs in _ORIGINAL_PREFIXES.items()})
+        return exchange_prefixes(state_dict, {theirs: ours for ours, theirs in _ORIGINAL_PREFIXES.items()})
 
     def to_original_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return _exchange_prefixes(state_dict, _ORIGINAL_PREFIXES)
-
-
-def _exchange_prefixes(state_dict: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict[str, Tensor]:
-    exchanged = {}
-    for key, tensor in state_dict.items():
-        old = next((prefix for prefix in prefixes if key.startswith(prefix)), "")
-        exchanged[prefixes.get(old, "") + key.removeprefix(old)] = tensor
-    return exchanged
+        return exchange_prefixes(state_dict, _ORIGINAL_PREFIXES)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ._base import PatchGrid, Projector
+from ._keys import rename_modules
 from ._options import option
 from ._registry import ProjectorPreset, register_projector
 from ._windows import WindowedProjectorConfig
@@ -104,23 +105,14 @@ class PixelShuffle(Projector):
             names |= {theirs: ours, theirs.removeprefix("mlp1."): ours}
         is_whole_nanovlm = any(key.startswith(_WHOLE_MODELS_NAME) for key in state_dict)
         wanted = _WHOLE_MODELS_NAME if is_whole_nanovlm else ""
-        return _rename_modules({key: state_dict[key] for key in state_dict if key.startswith(wanted)}, names)
+        return rename_modules({key: state_dict[key] for key in state_dict if key.startswith(wanted)}, names)
 
     def to_original_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         is_one_linear = not self.config.norm and self.config.readout_depth == 1
         names = {"readout.0": "modality_projection.proj"} if is_one_linear else self._internvl_names()
-        return _rename_modules(state_dict, names)
+        return rename_modules(state_dict, names)
 
     def _internvl_names(self) -> dict[str, str]:
         """Ours -> the places in InternVL's Sequential, where the norm comes first."""
         linear = {f"readout.{2 * index}": f"mlp1.{2 * index + 1}" for index in range(self.config.readout_depth)}
         return {"norm": "mlp1.0"} | linear
-
-
-def _rename_modules(state_dict: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Exchange the part of each key before the parameter's own name; keys without an entry stay."""
-    renamed = {}
-    for key, tensor in state_dict.items():
-        module, dot, parameter = key.rpartition(".")
-        renamed[names.get(module, module) + dot + parameter] = tensor
-    return renamed
