@@ -26,10 +26,17 @@ SETTINGS_FILE = "quickstart.json"
 DATASET_FILE = "dataset.json"
 
 
+_SMALL_ATTENTION = "hidden_size=96,num_heads=4"
+_SMALL_QUERIES = "num_queries=9"
 SMALL_PROJECTORS = {
-    "avg_pool": "num_queries=9",
-    "c_abstractor": "num_queries=9,hidden_size=96,position_grid=6|6",
-    "qformer": "num_queries=9,hidden_size=96,num_hidden_layers=2,num_attention_heads=4,intermediate_size=384",
+    "avg_pool": _SMALL_QUERIES,
+    "c_abstractor": f"{_SMALL_QUERIES},hidden_size=96,position_grid=6|6",
+    "d_abstractor": f"{_SMALL_QUERIES},{_SMALL_ATTENTION},depth=2,intermediate_size=96,position_grid=6|6",
+    "llava_sp": "kernel_sizes=1|2|3|4|5|6,spatial_hidden_size=96,detail_kernel_size=3,detail_stride=1",
+    "perceiver": f"{_SMALL_QUERIES},depth=2,num_heads=4,head_size=24",
+    "qformer": f"{_SMALL_QUERIES},hidden_size=96,num_hidden_layers=2,num_attention_heads=4,intermediate_size=384",
+    "resampler": f"{_SMALL_QUERIES},{_SMALL_ATTENTION},depth=2,intermediate_size=384,position_grid=6|6",
+    "token_packer": _SMALL_ATTENTION,
 }
 """Options of the projectors whose defaults are made for towers of 24 x 24 patches; nine tokens, as many as SAEP's."""
 
@@ -197,9 +204,12 @@ def small_options(projector: str) -> str:
     Raises:
         ProjectorError: there is no such projector.
     """
-    from projectors import select_projector
+    from projectors import parse_projector_options, select_projector
 
-    return SMALL_PROJECTORS.get(select_projector(projector, trust_projector_code=True).name, "")
+    selection = select_projector(projector, trust_projector_code=True)
+    small = parse_projector_options(SMALL_PROJECTORS.get(selection.name, ""))
+    # What the name itself says, as a preset's does, stays.
+    return ",".join(f"{name}={value}" for name, value in small.items() if name not in selection.options)
 
 
 def default_num_processes(num_gpus: int, global_batch_size: int) -> int:
