@@ -98,6 +98,13 @@ class ProjectorConfig:
         refuse_small_grid(grid)
         return grid.height * grid.width + int(self.keep_cls_token)
 
+    def token_grid(self, grid: PatchGrid) -> PatchGrid | None:
+        """The map that the output tokens form, row by row; None where they form none (learned queries, extra tokens).
+
+        Needed where the tokens of an image's crops are put together as one map.
+        """
+        return None
+
     @property
     def fused_hidden_size(self) -> int:
         """Channels after concatenating the selected layers."""

@@ -39,5 +39,7 @@ class WindowedProjectorConfig(ProjectorConfig):
         return padded
 
     def num_output_tokens(self, grid: PatchGrid) -> int:
-        padded = self.padded_grid(grid)
-        return padded.num_patches // self.factor**2
+        return self.token_grid(grid).num_patches
+
+    def token_grid(self, grid: PatchGrid) -> PatchGrid:
+        return PatchGrid(*(side // self.factor for side in self.padded_grid(grid)))

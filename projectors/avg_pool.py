@@ -35,6 +35,11 @@ class AvgPoolConfig(ProjectorConfig):
         refuse_small_grid(grid, self.num_queries)
         return self.num_queries
 
+    def token_grid(self, grid: PatchGrid) -> PatchGrid:
+        refuse_small_grid(grid, self.num_queries)
+        side = math.isqrt(self.num_queries)
+        return PatchGrid(side, side)
+
     @classmethod
     def tiny_options(cls) -> dict[str, Any]:
         return {"num_queries": 4}

@@ -68,6 +68,13 @@ class CAbstractorConfig(ProjectorConfig):
         refuse_small_grid(grid, self.num_queries)
         return self.num_queries + self.num_eos_tokens
 
+    def token_grid(self, grid: PatchGrid) -> PatchGrid | None:
+        refuse_small_grid(grid, self.num_queries)
+        if self.num_eos_tokens:
+            return None
+        side = math.isqrt(self.num_queries)
+        return PatchGrid(side, side)
+
     @classmethod
     def tiny_options(cls) -> dict[str, Any]:
         return {"num_queries": 4, "hidden_size": 24, "depth": 1, "position_grid": [4, 4]}

@@ -117,6 +117,9 @@ class DenseConnectorConfig(ProjectorConfig):
     def num_output_tokens(self, grid: PatchGrid) -> int:
         return self.inner_config.num_output_tokens(self.inner_grid(grid))
 
+    def token_grid(self, grid: PatchGrid) -> PatchGrid | None:
+        return None if self.kind == "sti" else self.inner_config.token_grid(grid)
+
 
 _PRESETS = {
     f"dense_connector_{kind}": ProjectorPreset({"kind": kind}, f"Dense Connector, {meaning}.")

@@ -32,6 +32,9 @@ class IdentityConfig(ProjectorConfig):
     def num_output_tokens(self, grid: PatchGrid) -> int:
         return self.num_input_tokens(grid)
 
+    def token_grid(self, grid: PatchGrid) -> PatchGrid | None:
+        return None if self.keep_cls_token else grid
+
 
 @register_projector(
     "identity",

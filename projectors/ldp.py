@@ -48,8 +48,11 @@ class LDPConfig(ProjectorConfig):
         self.refuse_cls_token()
 
     def num_output_tokens(self, grid: PatchGrid) -> int:
+        return self.token_grid(grid).num_patches
+
+    def token_grid(self, grid: PatchGrid) -> PatchGrid:
         refuse_small_grid(grid)
-        return -(-grid.height // 2) * -(-grid.width // 2)
+        return PatchGrid(*(-(-side // 2) for side in grid))
 
 
 def squeezed_width(channels: int) -> int:

@@ -45,6 +45,9 @@ class LDPv2Config(ProjectorConfig):
     def num_output_tokens(self, grid: PatchGrid) -> int:
         return self.pooled_grid(grid).num_patches
 
+    def token_grid(self, grid: PatchGrid) -> PatchGrid:
+        return self.pooled_grid(grid)
+
 
 def average_to_grid(feature_map: Tensor, grid: PatchGrid) -> Tensor:
     """Adaptive average pooling of a (B, C, H, W) map, whose windows overlap where `grid` does not divide H and W."""

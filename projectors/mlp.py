@@ -37,6 +37,9 @@ class MLPConfig(ProjectorConfig):
     def num_output_tokens(self, grid: PatchGrid) -> int:
         return self.num_input_tokens(grid)
 
+    def token_grid(self, grid: PatchGrid) -> PatchGrid | None:
+        return None if self.keep_cls_token else grid
+
 
 class NormedResidualBlock(nn.Module):
     """LayerNorm (eps 1e-5), then Linear, exact GELU and Linear, added to the output of the norm.

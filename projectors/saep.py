@@ -128,8 +128,11 @@ class SAEPConfig(ProjectorConfig):
         return {"position_grid": [4, 4]}
 
     def num_output_tokens(self, grid: PatchGrid) -> int:
+        return self.token_grid(grid).num_patches
+
+    def token_grid(self, grid: PatchGrid) -> PatchGrid:
         refuse_small_grid(grid)
-        return -(-grid.height // self.stride) * -(-grid.width // self.stride)
+        return PatchGrid(*(-(-side // self.stride) for side in grid))
 
 
 class NormedConv(nn.Module):
