@@ -1,0 +1,107 @@
+"""What a measurement ran on; a number means little without it."""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava_saep import __version__
+
+_ROOT = Path(__file__).parents[2]
+GIB = 1024**3
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Processor, memory, accelerator and versions, JSON-able."""
+    description = {
+        "platform": platform.platform(),
+        "processor": processor_name(),
+        "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": _total_memory(),
+        "device": str(device),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "num_threads": torch.get_num_threads(),
+        "llava_saep": __version__,
+        "commit": commit(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        description |= {
+            "gpu": properties.name,
+            "gpu_memory_bytes": properties.total_memory,
+            "cuda": torch.version.cuda,
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        }
+    return description
+
+
+def processor_name() -> str:
+    """The processor's name as its maker gives it, where the system tells; else its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name" and value.strip():
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """The checkout's commit, with "-dirty" when files differ from it; None where the code is no checkout."""
+    command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    if not (_ROOT / ".git").exists():
+        return None
+    # Without the optional locks, so that a commit at the same time is not refused.
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30, env=environment)
+        return result.stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that can be allocated now; None where nothing tells."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type != "cpu":
+        return None
+    known = [bytes_ for bytes_ in (_free_memory_of_machine(), _free_memory_of_container()) if bytes_ is not None]
+    return min(known, default=None)
+
+
+def _free_memory_of_machine() -> int | None:
+    fields = _numbers(Path("/proc/meminfo"))
+    return fields["MemAvailable"] * 1024 if "MemAvailable" in fields else None
+
+
+def _free_memory_of_container() -> int | None:
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return None
+    # Files that were read and are kept in memory count as used, and go when the memory is wanted.
+    cached = _numbers(folder / "memory.stat").get("inactive_file", 0)
+    return int(limit) - int(used) + cached if limit.isdecimal() else None
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """Lines of a name and a number, with or without colon and unit; empty where there is no such file."""
+    try:
+        lines = (line.replace(":", " ").split() for line in path.read_text().splitlines())
+    except OSError:
+        return {}
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdecimal()}
+
+
+def _total_memory() -> int | None:
+    names = getattr(os, "sysconf_names", {})
+    if "SC_PHYS_PAGES" not in names or "SC_PAGE_SIZE" not in names:
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
