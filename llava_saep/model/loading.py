@@ -3,22 +3,16 @@
 What a folder is, is decided from its files and config, never from its name. A missing or misshapen weight is an error.
 """
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
@@ -34,7 +28,16 @@ from llava_saep.model.configuration_llava_saep import LlavaSaepConfig
 from llava_saep.model.modeling_llava_saep import LlavaSaepForConditionalGeneration
 from llava_saep.model.processing_llava_saep import LlavaSaepProcessor
 from llava_saep.model.projector_selection import remember_selection, selection_from_config, trusting_projector_code
-from llava_saep.model.vision_tower import num_prefix_tokens
+from llava_saep.model.reading import (
+    FULL_WEIGHTS_NAMES,
+    UNREADABLE_CONFIG,
+    UNREADABLE_WEIGHTS,
+    first_line,
+    read_config,
+    read_json_object,
+    read_vision_config,
+    read_weights_file,
+)
 from projectors import Projector, ProjectorSelection, load_projector_state_dict
 
 logger = logging.getLogger(__name__)
@@ -43,51 +46,9 @@ PROJECTOR_PREFIX = "model.multi_modal_projector."
 PROJECTOR_WEIGHTS_NAME = "mm_projector.safetensors"
 PROJECTOR_WEIGHTS_NAMES = (PROJECTOR_WEIGHTS_NAME, "mm_projector.bin")
 NON_LORA_WEIGHTS_NAMES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
-FULL_WEIGHTS_NAMES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-
-
-_UNREADABLE_CONFIG = (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError)
-"""What transformers raises on a config.json that is absent, no JSON object, or has values of the wrong kind."""
-
-_UNREADABLE_WEIGHTS = (OSError, ValueError, RuntimeError, EOFError, SafetensorError, UnpicklingError)
-"""What reading a weights file raises that is absent, damaged or cut off."""
 
 
 # Reading the pretrained parts
-
-
-def _first_line(error: Exception) -> str:
-    """What an error says, without the advice that libraries append."""
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def read_config(path: str, flag: str) -> PreTrainedConfig:
-    """Read a pretrained part's config from a folder or hub name.
-
-    Args:
-        path: local folder or hub name.
-        flag: what the user calls it, for the message.
-    Raises:
-        UserError: nothing readable is there.
-    """
-    try:
-        return AutoConfig.from_pretrained(path)
-    except _UNREADABLE_CONFIG as error:
-        what = "folder has no readable config.json" if Path(path).is_dir() else "is no folder here, nor a hub model"
-        raise UserError(f"{flag} {path!r} {what}: {_first_line(error)}") from error
-
-
-def read_vision_config(path: str) -> PreTrainedConfig:
-    """Read the config of a vision tower; of a two-tower model (CLIP, SigLIP), its vision half."""
-    config = read_config(path, "--vision_tower")
-    config = getattr(config, "vision_config", config)
-    num_prefix_tokens(config)  # refuses a type that is no supported tower
-    return config
 
 
 @contextmanager
@@ -107,8 +68,8 @@ def _loading_whole() -> Iterator[None]:
 def _load_part(auto_class, path: str, config: PreTrainedConfig, flag: str, dtype: torch.dtype) -> PreTrainedModel:
     try:
         model, info = auto_class.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
-    except _UNREADABLE_WEIGHTS as error:
-        raise UserError(f"{flag} {path!r} cannot be loaded: {_first_line(error)}") from error
+    except UNREADABLE_WEIGHTS as error:
+        raise UserError(f"{flag} {path!r} cannot be loaded: {first_line(error)}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(f"{flag} {path!r} lacks {len(missing)} weights of its architecture, such as {missing[0]!r}")
@@ -136,7 +97,7 @@ def build_tokenizer(language_model: str):
     try:
         tokenizer = AutoTokenizer.from_pretrained(language_model, padding_side="right")
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"the tokenizer of {language_model!r} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"the tokenizer of {language_model!r} cannot be loaded: {first_line(error)}") from error
     if DEFAULT_IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([DEFAULT_IMAGE_TOKEN], special_tokens=True)
     if tokenizer.pad_token is None:
@@ -289,7 +250,7 @@ def build_processor(
     try:
         image_processor = AutoImageProcessor.from_pretrained(vision_tower, backend="pil")
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"the image processor of {vision_tower!r} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"the image processor of {vision_tower!r} cannot be loaded: {first_line(error)}") from error
     return LlavaSaepProcessor.from_model_config(
         model_config,
         image_processor=image_processor,
@@ -341,20 +302,6 @@ def find_projector_weights(path: str | Path) -> Path:
     raise UserError(f"no projector weights at {path}: expected {expected}; stage 1 writes them into its --output_dir")
 
 
-def read_weights_file(path: Path) -> dict[str, Tensor]:
-    """Read a .safetensors or .bin file of tensors (never code).
-
-    Raises:
-        UserError: the file is damaged or holds something else than tensors.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # safetensors, zip and unpickling errors share no base class
-        raise UserError(f"{path} is not a readable weights file: {error}") from error
-
-
 def _read_projector_weights(projector: Projector, path: str | Path) -> None:
     file = find_projector_weights(path)
     weights = read_weights_file(file)
@@ -393,12 +340,12 @@ def inspect_folder(folder: str | Path) -> SavedFolder:
     config_path = path / "config.json"
     if not config_path.is_file():
         raise UserError(f"{path} has no config.json; expected a folder that training wrote (its --output_dir)")
-    model_type = _read_json_object(config_path).get("model_type")
+    model_type = read_json_object(config_path).get("model_type")
     if model_type != LlavaSaepConfig.model_type:
         raise UserError(f"{config_path} describes a {model_type!r} model, expected {LlavaSaepConfig.model_type!r}")
     try:
         config = LlavaSaepConfig.from_pretrained(path)
-    except _UNREADABLE_CONFIG as error:
+    except UNREADABLE_CONFIG as error:
         raise UserError(f"{config_path} is not a consistent config: {error}") from error
     if (path / "adapter_config.json").is_file():
         return SavedFolder(path, "lora", config)
@@ -408,16 +355,6 @@ def inspect_folder(folder: str | Path) -> SavedFolder:
         return SavedFolder(path, "projector", config)
     expected = ", ".join((FULL_WEIGHTS_NAMES[0], PROJECTOR_WEIGHTS_NAME, "adapter_config.json"))
     raise UserError(f"{path} has a config.json but no weights: expected one of {expected}")
-
-
-def _read_json_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # of the latter kind are damaged JSON and damaged UTF-8
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, expected a JSON object")
-    return content
 
 
 def load_model(
@@ -529,4 +466,4 @@ def load_processor(folder: str | Path, *, trust_projector_code: bool | None = No
         try:
             return LlavaSaepProcessor.from_pretrained(folder, backend="pil")
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{folder} has no readable processor: {_first_line(error)}") from error
+            raise UserError(f"{folder} has no readable processor: {first_line(error)}") from error
