@@ -201,7 +201,7 @@ def test_unknown_options_are_named(make_dataset):
     with pytest.raises(UserError, match="unknown on_bad_sample 'ignore'; known: error, skip"):
         make_dataset([_record()], on_bad_sample="ignore")
     with pytest.raises(UserError, match="unknown image_aspect_ratio"):
-        make_dataset([_record()], image_aspect_ratio="anyres")
+        make_dataset([_record()], image_aspect_ratio="crop")
     with pytest.raises(UserError, match="max_length is 0"):
         make_dataset([_record()], max_length=0)
 

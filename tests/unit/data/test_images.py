@@ -1,6 +1,8 @@
-"""Pixel values equal LLaVA's bit by bit; files that cannot be used end in one message that names them."""
+"""Images of any mode and shape become pixel values; files that cannot be used end in one message that names them.
 
-import hashlib
+tests/parity/test_original_images.py compares the values with LLaVA's.
+"""
+
 import logging
 import struct
 import zlib
@@ -10,28 +12,24 @@ import pytest
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
-from transformers import SiglipImageProcessorPil
+from transformers import BitImageProcessorPil, SiglipImageProcessorPil
 
 from llava_saep.data import images
-from llava_saep.data.images import expand_to_square, load_image, mean_color, preprocess_image, processed_image_size
+from llava_saep.data.images import (
+    ImageSize,
+    default_grid_pinpoints,
+    expand_to_square,
+    load_image,
+    mean_color,
+    parse_grid_pinpoints,
+    preprocess_image,
+    processed_image_size,
+    read_image_size,
+    select_tile_grid,
+)
 from llava_saep.errors import UserError
 
-from .conftest import GOLDEN, clip_processor, read_golden
-
-CASES = [
-    pytest.param(case, id=f"{case['file']}-{case['size']}-{case['image_aspect_ratio']}")
-    for case in read_golden("image_processing.json")["cases"]
-    # LLaVA takes 3 rows of pixels for 3 channels; see test_thin_images_keep_their_content.
-    if not (case["file"] == "threepx_high.png" and case["image_aspect_ratio"] != "pad")
-]
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_pixel_values_equal_llavas(case):
-    image = load_image(GOLDEN / "images" / case["file"])
-    pixels = preprocess_image(image, clip_processor(case["size"]), case["image_aspect_ratio"] or "square")
-    assert list(pixels.shape) == case["shape"]
-    assert hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest() == case["sha256"]
+from .conftest import GOLDEN, clip_processor
 
 
 @pytest.mark.parametrize("size", [(1, 1), (80, 1), (1, 80), (30, 3), (3, 30)])
@@ -158,6 +156,51 @@ def test_strip_is_refused(image_processor):
         preprocess_image(Image.new("RGB", (4000, 1)), image_processor, "square")
 
 
+def test_strip_may_be_cut_into_tiles(image_processor):
+    """Crops are resized to their own size, however thin the image is."""
+    assert preprocess_image(Image.new("RGB", (4000, 1)), image_processor, "anyres").shape == (4, 3, 56, 56)
+
+
 def test_unknown_aspect_ratio_lists_the_known_ones(image_processor):
-    with pytest.raises(UserError, match="unknown image_aspect_ratio 'anyres'; known: square, pad"):
-        preprocess_image(Image.new("RGB", (4, 4)), image_processor, "anyres")
+    with pytest.raises(UserError, match="unknown image_aspect_ratio 'crop'; known: square, pad, anyres"):
+        preprocess_image(Image.new("RGB", (4, 4)), image_processor, "crop")
+
+
+def test_crops_keep_their_margins_under_a_processor_that_cuts_them_off():
+    """DINOv2's processor enlarges to 256 pixels and cuts 224 out; a crop is as large as that cut already."""
+    processor = BitImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 56, "width": 56})
+    image = Image.new("RGB", (112, 56))
+    image.paste((255, 0, 0), (0, 0, 112, 1))
+    crops = preprocess_image(image, processor, "anyres", ((112, 56),))
+    assert crops.shape == (3, 3, 56, 56)
+    assert (crops[1:, 0, 0] > crops[1:, 0, 1]).all()
+
+
+def test_size_is_read_without_decoding(tmp_path):
+    path = _png(tmp_path / "cut.png", (40, 64))
+    path.write_bytes(path.read_bytes()[:60])
+    assert read_image_size(path) == ImageSize(height=40, width=64)
+    with pytest.raises(UserError, match="gone.png: no such image file"):
+        read_image_size(tmp_path / "gone.png")
+
+
+@pytest.mark.parametrize("value", ["[(336, 672), (672, 336)]", [[336, 672], [672, 336]], ((336, 672), (672, 336))])
+def test_pinpoints_are_read_in_every_form_that_llava_writes(value):
+    assert parse_grid_pinpoints(value) == ((336, 672), (672, 336))
+
+
+@pytest.mark.parametrize("value", ["(336, 672", "336", "[336, 672]", [[336]], [[336, -1]], [["a", "b"]], "[(1.5, 2)]"])
+def test_other_pinpoints_are_refused_with_an_example(value):
+    with pytest.raises(UserError, match="image_grid_pinpoints .* expected pairs of width and height"):
+        parse_grid_pinpoints(value)
+
+
+def test_default_pinpoints_are_llava_next_s_at_336_pixels():
+    expected = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+    assert default_grid_pinpoints(ImageSize(336, 336)) == expected
+    assert parse_grid_pinpoints(None) == ()
+
+
+def test_pinpoint_that_is_no_multiple_of_the_tile_is_named():
+    with pytest.raises(UserError, match=r"\(100, 56\), which cannot be cut into tiles of 56 x 56 pixels"):
+        select_tile_grid(ImageSize(50, 100), ImageSize(56, 56), ((100, 56),))
