@@ -4,34 +4,24 @@ What a folder is, is decided from its files and config, never from its name. A m
 """
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import (
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers.integrations import deepspeed as hf_deepspeed
+from transformers import AutoImageProcessor
 
-from llava_saep.constants import DEFAULT_IMAGE_TOKEN
 from llava_saep.errors import UserError
 from llava_saep.model.configuration_llava_saep import LlavaSaepConfig
 from llava_saep.model.modeling_llava_saep import LlavaSaepForConditionalGeneration
+from llava_saep.model.parts import build_tokenizer, language_model_weights, loading_whole, tower_weights
 from llava_saep.model.processing_llava_saep import LlavaSaepProcessor
 from llava_saep.model.projector_selection import remember_selection, selection_from_config, trusting_projector_code
 from llava_saep.model.reading import (
     FULL_WEIGHTS_NAMES,
     UNREADABLE_CONFIG,
-    UNREADABLE_WEIGHTS,
     first_line,
     read_config,
     read_json_object,
@@ -46,63 +36,6 @@ PROJECTOR_PREFIX = "model.multi_modal_projector."
 PROJECTOR_WEIGHTS_NAME = "mm_projector.safetensors"
 PROJECTOR_WEIGHTS_NAMES = (PROJECTOR_WEIGHTS_NAME, "mm_projector.bin")
 NON_LORA_WEIGHTS_NAMES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
-
-
-# Reading the pretrained parts
-
-
-@contextmanager
-def _loading_whole() -> Iterator[None]:
-    """Inside the block transformers loads ordinary modules even in a ZeRO-3 run.
-
-    The parts are read whole and only the composed model is partitioned, as its weights are handed to each rank.
-    """
-    reference = hf_deepspeed._hf_deepspeed_config_weak_ref
-    hf_deepspeed._hf_deepspeed_config_weak_ref = None
-    try:
-        yield
-    finally:
-        hf_deepspeed._hf_deepspeed_config_weak_ref = reference
-
-
-def _load_part(auto_class, path: str, config: PreTrainedConfig, flag: str, dtype: torch.dtype) -> PreTrainedModel:
-    try:
-        model, info = auto_class.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
-    except UNREADABLE_WEIGHTS as error:
-        raise UserError(f"{flag} {path!r} cannot be loaded: {first_line(error)}") from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise UserError(f"{flag} {path!r} lacks {len(missing)} weights of its architecture, such as {missing[0]!r}")
-    return model
-
-
-def _tower_weights(path: str, config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, Tensor]:
-    tower = _load_part(AutoModel, path, config, "--vision_tower", dtype)
-    return {f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
-
-
-def _language_model_weights(path: str, config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, Tensor]:
-    language_model = _load_part(AutoModelForCausalLM, path, config, "--model_name_or_path", dtype)
-    weights = {f"model.language_model.{name}": t for name, t in language_model.base_model.state_dict().items()}
-    if not config.tie_word_embeddings:
-        weights["lm_head.weight"] = language_model.get_output_embeddings().weight.data
-    return weights
-
-
-def build_tokenizer(language_model: str):
-    """Load the language model's tokenizer and give it the `<image>` placeholder and a padding token.
-
-    Padding is on the right, as for training; `<unk>` (else the end token) pads where the tokenizer has no token for it.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(language_model, padding_side="right")
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"the tokenizer of {language_model!r} cannot be loaded: {first_line(error)}") from error
-    if DEFAULT_IMAGE_TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_tokens([DEFAULT_IMAGE_TOKEN], special_tokens=True)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    return tokenizer
 
 
 # Building
@@ -178,9 +111,9 @@ def build_model(
             projector=projector,
             image_token_id=image_token_id,
         )
-        with _loading_whole():
-            weights = _tower_weights(vision_tower, config.vision_config, dtype)
-            weights |= _language_model_weights(language_model, config.text_config, dtype)
+        with loading_whole():
+            weights = tower_weights(vision_tower, config.vision_config, dtype)
+            weights |= language_model_weights(language_model, config.text_config, dtype)
     if projector_weights is not None or not any(name.startswith(PROJECTOR_PREFIX) for name in weights):
         weights |= _projector_weights(config, projector_weights, dtype)
     kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
@@ -191,7 +124,7 @@ def _composed_parts(
     folder: str, config: LlavaSaepConfig, projector: ProjectorSelection, dtype: torch.dtype
 ) -> tuple[LlavaSaepConfig, dict[str, Tensor]]:
     """Return config and weights of a saved llava_saep model whose projector is replaced if another is asked for."""
-    with _loading_whole():
+    with loading_whole():
         model = load_model(folder, dtype=dtype)
     weights = dict(model.state_dict())
     if config.tie_word_embeddings:

@@ -1,0 +1,79 @@
+"""The pretrained parts that a model is made of: vision tower, language model and its tokenizer."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import deepspeed as hf_deepspeed
+
+from llava_saep.constants import DEFAULT_IMAGE_TOKEN
+from llava_saep.errors import UserError
+from llava_saep.model.reading import UNREADABLE_WEIGHTS, first_line
+
+
+@contextmanager
+def loading_whole() -> Iterator[None]:
+    """Inside the block transformers loads ordinary modules even in a ZeRO-3 run.
+
+    The parts are read whole and only the composed model is partitioned, as its weights are handed to each rank.
+    """
+    reference = hf_deepspeed._hf_deepspeed_config_weak_ref
+    hf_deepspeed._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = reference
+
+
+def load_part(auto_class, path: str, config: PreTrainedConfig, flag: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Load one pretrained model by a transformers Auto class.
+
+    Args:
+        flag: what the user calls it, for the message.
+    Raises:
+        UserError: its weights are missing, damaged, misshapen or not all there.
+    """
+    try:
+        model, info = auto_class.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
+    except UNREADABLE_WEIGHTS as error:
+        raise UserError(f"{flag} {path!r} cannot be loaded: {first_line(error)}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UserError(f"{flag} {path!r} lacks {len(missing)} weights of its architecture, such as {missing[0]!r}")
+    return model
+
+
+def tower_weights(path: str, config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Read a vision tower's weights, under the names that they have in the composed model; errors as `load_part`."""
+    tower = load_part(AutoModel, path, config, "--vision_tower", dtype)
+    return {f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
+
+
+def language_model_weights(path: str, config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Read a language model's weights, under the names that they have in the composed model; errors as `load_part`.
+
+    Where the head is tied to the embedding, it is left out.
+    """
+    language_model = load_part(AutoModelForCausalLM, path, config, "--model_name_or_path", dtype)
+    weights = {f"model.language_model.{name}": t for name, t in language_model.base_model.state_dict().items()}
+    if not config.tie_word_embeddings:
+        weights["lm_head.weight"] = language_model.get_output_embeddings().weight.data
+    return weights
+
+
+def build_tokenizer(language_model: str):
+    """Load the language model's tokenizer and give it the `<image>` placeholder and a padding token.
+
+    Padding is on the right, as for training; `<unk>` (else the end token) pads where the tokenizer has no token for it.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(language_model, padding_side="right")
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"the tokenizer of {language_model!r} cannot be loaded: {first_line(error)}") from error
+    if DEFAULT_IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_tokens([DEFAULT_IMAGE_TOKEN], special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
