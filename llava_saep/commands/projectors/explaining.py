@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from llava_saep.commands.projectors.text import options_text
+from llava_saep.commands.projectors.text import layer_ranges, option_text, options_text
 from projectors import ProjectorConfig, ProjectorPreset, ProjectorSpec, describe_options
 
 _COMMON_OPTIONS = ("vision_layers", "keep_cls_token")
 """Options that every projector has."""
+_MAX_LAYERS_LISTED = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +103,20 @@ def _shell_quoted(text: str) -> str:
     return text if re.fullmatch(r"[\w.,:/=+-]+", text) else f"'{text}'"
 
 
+def value_text(option: Option, value: Any) -> str:
+    """A value as one types it; a long list of layers as ranges."""
+    is_long = option.name == "vision_layers" and len(value) > _MAX_LAYERS_LISTED
+    return layer_ranges(value) if is_long else option_text(value)
+
+
 def class_description(spec: ProjectorSpec) -> str:
-    """The class's docstring, then the config's, reStructuredText as written; inherited ones say nothing of it."""
-    return "\n\n".join(filter(None, map(_own_docstring, (spec.module_class, spec.config_class))))
+    """The class's own docstring, reStructuredText as written; an inherited one says nothing of it."""
+    return _own_docstring(spec.module_class)
+
+
+def config_description(spec: ProjectorSpec) -> str:
+    """The config class's own docstring, likewise."""
+    return _own_docstring(spec.config_class)
 
 
 def _own_docstring(documented: type) -> str:

@@ -11,17 +11,18 @@ from llava_saep.commands.projectors.explaining import (
     Option,
     class_description,
     class_place,
+    config_description,
     example_flags,
     explain_options,
     paragraphs,
     preset_meaning,
     provider_in_words,
+    value_text,
 )
 from llava_saep.commands.projectors.flags import add_option_flag, add_size_flags, sizes_of
 from llava_saep.commands.projectors.text import (
     describe_sizes,
     layer_ranges,
-    option_text,
     options_text,
     terminal_width,
     wrapped,
@@ -57,6 +58,7 @@ def as_document(name: str, row: ProjectorDescription, spec: ProjectorSpec, sizes
         "presets": {name: asdict(preset) for name, preset in spec.presets.items()},
         "class": class_place(spec),
         "description": class_description(spec),
+        "options_description": config_description(spec),
         "example": example_flags(name, spec, row.options),
     }
 
@@ -73,7 +75,12 @@ def as_lines(name: str, row: ProjectorDescription, spec: ProjectorSpec, sizes: S
         first, *others = wrapped(text, width - _LABEL_WIDTH - _INDENT)
         yield " " * _INDENT + label.ljust(_LABEL_WIDTH) + first
         yield from (" " * (_INDENT + _LABEL_WIDTH) + other for other in others)
+    yield "\ndescription:"
+    yield from _description_lines(class_description(spec), width)
     yield "\noptions, as --mm_projector_options NAME=VALUE,NAME=VALUE or as a JSON object:"
+    if config_description(spec):
+        yield from _description_lines(config_description(spec), width)
+        yield ""
     for option in explain_options(spec.config_class, sizes.num_vision_layers, row.options):
         yield from _option_lines(option, row.options, width)
     if spec.presets:
@@ -81,8 +88,6 @@ def as_lines(name: str, row: ProjectorDescription, spec: ProjectorSpec, sizes: S
     for preset_name, preset in spec.presets.items():
         yield f"  {preset_name}: {preset_meaning(preset)}"
         yield from _indented(preset.summary, width, _DEEP_INDENT)
-    yield "\ndescription:"
-    yield from _description_lines(class_description(spec), width)
 
 
 def _heading(name: str, row: ProjectorDescription) -> str:
@@ -118,18 +123,14 @@ def _facts(name: str, row: ProjectorDescription, spec: ProjectorSpec, sizes: Siz
 
 def _option_lines(option: Option, given: Mapping[str, Any], width: int) -> Iterator[str]:
     value = _value(option, given)
-    default = f"  (default {_readable(option, option.default)})" if value != option.default else ""
-    yield f"  {option.name} = {_readable(option, value)}{default}"
+    default = f"  (default {value_text(option, option.default)})" if value != option.default else ""
+    yield f"  {option.name} = {value_text(option, value)}{default}"
     allowed = f"{option.type}, {option.allowed}" if option.allowed else option.type
     yield from _indented(f"{option.help} [{allowed}]", width, _DEEP_INDENT)
 
 
 def _value(option: Option, given: Mapping[str, Any]) -> Any:
     return given.get(option.name, option.default)
-
-
-def _readable(option: Option, value: Any) -> str:
-    return layer_ranges(value) if option.name == "vision_layers" else option_text(value)
 
 
 def _description_lines(docstring: str, width: int) -> Iterator[str]:
