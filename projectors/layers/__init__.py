@@ -1,5 +1,6 @@
 """Blocks that two or more projectors share."""
 
+from .deformable import DeformableAttention
 from .initialization import (
     constant_,
     normal_,
@@ -25,6 +26,7 @@ from .positions import LearnedPositions, SincosPositions, resize_positions, sinc
 from .windows import fold_windows, pad_to_windows, split_windows
 
 __all__ = [
+    "DeformableAttention",
     "DepthwiseConv2d",
     "LayerNorm2d",
     "LearnedPositions",
