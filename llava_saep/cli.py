@@ -12,6 +12,8 @@ from projectors import ProjectorError
 EXIT_CALLERS_MISTAKE = 2
 EXIT_INTERRUPTED = 130
 """128 + SIGINT, what a shell reports for a program that Ctrl-C ended."""
+EXIT_BROKEN_PIPE = 141
+"""128 + SIGPIPE: whoever read the output (`| head`) has seen enough."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,19 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        return importlib.import_module(COMMANDS[name].module).main(arguments)
+        exit_code = importlib.import_module(COMMANDS[name].module).main(arguments)
+        sys.stdout.flush()
+        return exit_code
     except (UserError, ProjectorError) as error:
         print(f"llava-saep {name}: {error}", file=sys.stderr)
         return EXIT_CALLERS_MISTAKE
     except KeyboardInterrupt:
         print(f"\nllava-saep {name}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes standard output once more at exit, which would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The command itself: help, exit codes, and what an error looks like."""
 
+import os
+import subprocess
 import sys
 import types
 
@@ -59,6 +61,19 @@ def test_interruption_exits_with_130(command, capsys):
     command(raising(KeyboardInterrupt()))
     assert cli.main(["probe"]) == 130
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly():
+    # As `llava-saep projectors show saep | true`: the reading end is closed before anything is written.
+    reading_end, writing_end = os.pipe()
+    os.close(reading_end)
+    try:
+        command = [sys.executable, "-m", "llava_saep.cli", "projectors", "show", "linear"]
+        result = subprocess.run(command, stdout=writing_end, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(writing_end)
+    assert result.returncode == 141
+    assert "Traceback" not in result.stderr and "BrokenPipe" not in result.stderr
 
 
 def test_own_mistakes_keep_their_traceback(command):
