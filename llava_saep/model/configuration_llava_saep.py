@@ -5,7 +5,9 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig
 
+from llava_saep.data.images import parse_grid_pinpoints
 from llava_saep.errors import UserError
+from llava_saep.model.anyres import ImageTokens
 from llava_saep.model.projector_selection import selection_from_config
 from llava_saep.model.vision_tower import has_class_token
 from projectors import PatchGrid, ProjectorConfig
@@ -19,6 +21,9 @@ class LlavaSaepConfig(LlavaConfig):
         projector: `{"name", "provider", "options"}` as `ProjectorSelection.to_dict()` writes it. Its options hold the
             vision layers that the projector reads, so LlavaConfig's `vision_feature_layer` is not used.
         image_token_index: the placeholder's id. It may lie outside the embedding matrix.
+        mm_patch_merge_type: how the crops of an image are put together: flat, spatial or spatial_unpad.
+        image_grid_pinpoints: sizes that an image may be brought to before it is cut into crops, as (width, height);
+            None where images are not cut.
         vision_tower_name_or_path, language_model_name_or_path: where the pretrained parts came from; a folder that
             holds projector weights alone is completed from them.
     """
@@ -26,6 +31,8 @@ class LlavaSaepConfig(LlavaConfig):
     model_type = "llava_saep"
 
     projector: dict[str, Any] | None = None
+    mm_patch_merge_type: str = "flat"
+    image_grid_pinpoints: list[list[int]] | None = None
     vision_tower_name_or_path: str | None = None
     language_model_name_or_path: str | None = None
 
@@ -51,10 +58,20 @@ class LlavaSaepConfig(LlavaConfig):
             )
         return config
 
+    @property
+    def image_tokens(self) -> ImageTokens:
+        """The arithmetic of an image's tokens; raises as `projector_config`, and for an unknown way of merging."""
+        return ImageTokens(
+            self.projector_config,
+            self.vision_config.patch_size,
+            self.mm_patch_merge_type,
+            parse_grid_pinpoints(self.image_grid_pinpoints),
+        )
+
     def patch_grid(self, height: int, width: int) -> PatchGrid:
         """Return the patch map of an image of `height` x `width` pixels, as preprocessed."""
         return PatchGrid(height // self.vision_config.patch_size, width // self.vision_config.patch_size)
 
     def num_image_tokens(self, grid: PatchGrid) -> int:
-        """Count the tokens that the language model sees for one image with this patch map."""
+        """Count the tokens that the language model sees for one crop, or image that is not cut, with this patch map."""
         return self.projector_config.num_output_tokens(grid)

@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
+from llava_saep.data.images import GridPinpoints
 from llava_saep.errors import UserError
 from llava_saep.model.configuration_llava_saep import LlavaSaepConfig
-from llava_saep.model.modeling_llava_saep import LlavaSaepForConditionalGeneration
+from llava_saep.model.modeling_llava_saep import LlavaSaepForConditionalGeneration, newline_std
 from llava_saep.model.parts import build_tokenizer, language_model_weights, loading_whole, tower_weights
 from llava_saep.model.processing_llava_saep import LlavaSaepProcessor
 from llava_saep.model.projector_selection import remember_selection, selection_from_config, trusting_projector_code
@@ -33,6 +34,9 @@ from projectors import Projector, ProjectorSelection, load_projector_state_dict
 logger = logging.getLogger(__name__)
 
 PROJECTOR_PREFIX = "model.multi_modal_projector."
+NEWLINE_NAME = "model.image_newline"
+"""The token behind each row of an image that was cut into crops; it goes wherever the projector goes."""
+
 PROJECTOR_WEIGHTS_NAME = "mm_projector.safetensors"
 PROJECTOR_WEIGHTS_NAMES = (PROJECTOR_WEIGHTS_NAME, "mm_projector.bin")
 NON_LORA_WEIGHTS_NAMES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
@@ -42,10 +46,18 @@ NON_LORA_WEIGHTS_NAMES = ("non_lora_trainables.safetensors", "non_lora_trainable
 
 
 def make_config(
-    *, language_model: str, vision_tower: str, projector: ProjectorSelection, image_token_id: int
+    *,
+    language_model: str,
+    vision_tower: str,
+    projector: ProjectorSelection,
+    image_token_id: int,
+    mm_patch_merge_type: str = "flat",
+    image_grid_pinpoints: GridPinpoints = (),
 ) -> LlavaSaepConfig:
     """Compose the model's config from its parts'; every option of the projector is written down, given or default.
 
+    Args:
+        mm_patch_merge_type, image_grid_pinpoints: as in `LlavaSaepConfig`; () where images are not cut.
     Raises:
         UserError, ProjectorError: a part cannot be read, or the projector cannot work between them.
     """
@@ -64,6 +76,8 @@ def make_config(
         text_config=text_config,
         projector=projector.to_dict(),
         image_token_index=image_token_id,
+        mm_patch_merge_type=mm_patch_merge_type,
+        image_grid_pinpoints=[list(pair) for pair in image_grid_pinpoints] or None,
         vision_tower_name_or_path=vision_tower,
         language_model_name_or_path=language_model,
         tie_word_embeddings=text_config.tie_word_embeddings,
@@ -85,6 +99,8 @@ def build_model(
     projector: ProjectorSelection,
     image_token_id: int,
     projector_weights: str | Path | None = None,
+    mm_patch_merge_type: str | None = None,
+    image_grid_pinpoints: GridPinpoints | None = None,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
 ) -> LlavaSaepForConditionalGeneration:
@@ -97,12 +113,18 @@ def build_model(
         language_model, vision_tower: local folders or hub names.
         image_token_id: the placeholder's id in the tokenizer of `build_tokenizer`.
         projector_weights: file or folder with projector weights (stage 1's output).
+        mm_patch_merge_type, image_grid_pinpoints: as in `LlavaSaepConfig`; None: the saved model's, else images are
+            not cut.
         attn_implementation: "eager", "sdpa", "flash_attention_2", ... None: transformers chooses.
     Raises:
         UserError, ProjectorError: a part is missing, unreadable, or does not fit the others.
     """
     base_config = read_config(language_model, "--model_name_or_path")
     if isinstance(base_config, LlavaSaepConfig):
+        if mm_patch_merge_type is not None:
+            base_config.mm_patch_merge_type = mm_patch_merge_type
+        if image_grid_pinpoints is not None:
+            base_config.image_grid_pinpoints = [list(pair) for pair in image_grid_pinpoints] or None
         config, weights = _composed_parts(language_model, base_config, projector, dtype)
     else:
         config = make_config(
@@ -110,12 +132,15 @@ def build_model(
             vision_tower=vision_tower,
             projector=projector,
             image_token_id=image_token_id,
+            mm_patch_merge_type=mm_patch_merge_type or "flat",
+            image_grid_pinpoints=image_grid_pinpoints or (),
         )
         with loading_whole():
             weights = tower_weights(vision_tower, config.vision_config, dtype)
             weights |= language_model_weights(language_model, config.text_config, dtype)
     if projector_weights is not None or not any(name.startswith(PROJECTOR_PREFIX) for name in weights):
         weights |= _projector_weights(config, projector_weights, dtype)
+    weights |= _newline_weights(config, projector_weights, weights.pop(NEWLINE_NAME, None), dtype)
     kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     return _load_composed(config, weights, dtype, source=language_model, **kwargs)
 
@@ -152,6 +177,22 @@ def _projector_weights(config: LlavaSaepConfig, path: str | Path | None, dtype: 
     if path is not None:
         _read_projector_weights(projector, path)
     return {f"{PROJECTOR_PREFIX}{name}": tensor.to(dtype) for name, tensor in projector.state_dict().items()}
+
+
+def _newline_weights(
+    config: LlavaSaepConfig, path: str | Path | None, saved: Tensor | None, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return the newline token that the config asks for: from `path`, else the saved model's, else drawn anew."""
+    if not config.image_tokens.has_newline:
+        return {}
+    read = None if path is None else _read_newline(path)
+    if path is not None and read is None and saved is None:
+        logger.warning("%s holds no image_newline (LLaVA's stage 1 writes none); it starts anew", path)
+    size = config.text_config.hidden_size
+    newline = next((n for n in (read, saved) if n is not None), torch.randn(size) * newline_std(size))
+    if tuple(newline.shape) != (size,):
+        raise UserError(f"{path}: image_newline has shape {tuple(newline.shape)}, expected ({size},)")
+    return {NEWLINE_NAME: newline.to(dtype)}
 
 
 def _load_composed(
@@ -196,6 +237,11 @@ def build_processor(
 # Projector weights alone
 
 
+def goes_with_projector(name: str) -> bool:
+    """Whether a weight of the model is the projector's, or the newline token that is saved with it."""
+    return name.startswith(PROJECTOR_PREFIX) or name == NEWLINE_NAME
+
+
 def save_projector_weights(folder: str | Path, state_dict: Mapping[str, Tensor], config: LlavaSaepConfig) -> Path:
     """Write projector weights (under the model's names) and the config that says what they belong to.
 
@@ -207,9 +253,9 @@ def save_projector_weights(folder: str | Path, state_dict: Mapping[str, Tensor],
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     own = {
-        name if name.startswith(PROJECTOR_PREFIX) else PROJECTOR_PREFIX + name: tensor.detach().cpu().contiguous()
+        name if goes_with_projector(name) else PROJECTOR_PREFIX + name: tensor.detach().cpu().contiguous()
         for name, tensor in state_dict.items()
-        if name.startswith(PROJECTOR_PREFIX) or not name.startswith(("model.", "lm_head."))
+        if goes_with_projector(name) or not name.startswith(("model.", "lm_head."))
     }
     save_file(own, folder / PROJECTOR_WEIGHTS_NAME, metadata={"format": "pt"})
     config.save_pretrained(folder)
@@ -237,16 +283,30 @@ def find_projector_weights(path: str | Path) -> Path:
 
 def _read_projector_weights(projector: Projector, path: str | Path) -> None:
     file = find_projector_weights(path)
-    weights = read_weights_file(file)
+    weights = {name: tensor for name, tensor in read_weights_file(file).items() if not _is_newline(name)}
     try:
         load_projector_state_dict(projector, weights)
     except ValueError as error:
         raise UserError(f"{file} does not fit the projector {type(projector).__name__}: {error}") from error
 
 
+def _is_newline(name: str) -> bool:
+    return name.rpartition(".")[2] == "image_newline"
+
+
+def _read_newline(path: str | Path) -> Tensor | None:
+    """Return the newline token that lies beside projector weights, if there is one."""
+    weights = read_weights_file(find_projector_weights(path))
+    return next((tensor for name, tensor in weights.items() if _is_newline(name)), None)
+
+
 def load_projector_weights(model: LlavaSaepForConditionalGeneration, path: str | Path) -> None:
     """Load projector weights into a model (not one partitioned by ZeRO-3: give `build_model` the path instead)."""
     _read_projector_weights(model.model.multi_modal_projector, path)
+    newline = _read_newline(path)
+    if newline is not None and model.model.image_newline is not None:
+        with torch.no_grad():
+            model.model.image_newline.copy_(newline)
 
 
 # Loading what was saved
@@ -358,6 +418,8 @@ def _load_on_bases(saved: SavedFolder, dtype: torch.dtype, **kwargs) -> LlavaSae
         projector=selection_from_config(config.projector),
         image_token_id=config.image_token_id,
         projector_weights=saved.path if saved.kind == "projector" else None,
+        mm_patch_merge_type=config.mm_patch_merge_type,
+        image_grid_pinpoints=config.image_grid_pinpoints,
         dtype=dtype,
         **kwargs,
     )

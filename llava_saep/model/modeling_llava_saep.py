@@ -1,10 +1,14 @@
 """The multimodal model: transformers' Llava with a registered projector, patch features of several layers, and a loss
 that multiplies by the language-model head only where there is a label."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, Cache, LlavaForConditionalGeneration
+from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import (
     LlavaCausalLMOutputWithPast,
@@ -14,7 +18,9 @@ from transformers.models.llava.modeling_llava import (
 )
 
 from llava_saep.constants import IGNORE_INDEX
+from llava_saep.data.images import ImageSize
 from llava_saep.errors import UserError
+from llava_saep.model.anyres import merge_all
 from llava_saep.model.configuration_llava_saep import LlavaSaepConfig
 from llava_saep.model.projector_selection import selection_from_config
 from llava_saep.model.vision_tower import read_patch_features
@@ -34,6 +40,13 @@ class LlavaSaepPreTrainedModel(LlavaPreTrainedModel):
             module.reset_parameters()
         else:
             super()._initialize_weights(module, is_custom_code)
+        if isinstance(module, LlavaSaepModel) and module.image_newline is not None:
+            init.normal_(module.image_newline, std=newline_std(self.config.text_config.hidden_size))
+
+
+def newline_std(text_hidden_size: int) -> float:
+    """Return the spread that a fresh newline token starts with, LLaVA's."""
+    return 1 / math.sqrt(text_hidden_size)
 
 
 class LlavaSaepModel(LlavaSaepPreTrainedModel, LlavaModel):
@@ -44,25 +57,39 @@ class LlavaSaepModel(LlavaSaepPreTrainedModel, LlavaModel):
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = selection_from_config(config.projector).build(config.projector_config)
         self.language_model = AutoModel.from_config(config.text_config)
+        newline = torch.empty(config.text_config.hidden_size) if config.image_tokens.has_newline else None
+        self.image_newline = None if newline is None else nn.Parameter(newline)
         self.post_init()
 
-    def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        """Project images to tokens of the language model.
+    def get_image_features(
+        self, pixel_values: Tensor | Sequence[Tensor], image_sizes: Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """Project images to tokens of the language model, all crops of all images in one call.
 
         Args:
-            pixel_values: (images, 3, height, width).
+            pixel_values: (images, 3, height, width); or, where images are cut into crops, one (crops, 3, height, width)
+                tensor per image, or all of them stacked.
+            image_sizes: (images, 2), height and width of each image before it was cut.
         Returns:
             an output whose `pooler_output` is a list with one (tokens, text_hidden_size) tensor per image.
         """
+        is_cut = not isinstance(pixel_values, Tensor) or pixel_values.dim() == 5
+        crops = torch.cat(tuple(pixel_values)) if is_cut else pixel_values
         projector = self.multi_modal_projector
         features = read_patch_features(
             self.vision_tower,
-            pixel_values.to(self.vision_tower.dtype),
+            crops.to(self.vision_tower.dtype),
             projector.config.vision_layers,
             projector.config.keep_cls_token,
         )
-        grid = self.config.patch_grid(pixel_values.shape[-2], pixel_values.shape[-1])
-        return BaseModelOutputWithPooling(pooler_output=list(projector(features, grid)))
+        view = ImageSize(*crops.shape[-2:])
+        projected = projector(features, self.config.patch_grid(*view))
+        if not is_cut:
+            return BaseModelOutputWithPooling(pooler_output=list(projected))
+        originals = None if image_sizes is None else [ImageSize(*size) for size in image_sizes.tolist()]
+        counts = [len(stack) for stack in pixel_values]
+        merged = merge_all(self.config.image_tokens, projected, counts, originals, view, self.image_newline)
+        return BaseModelOutputWithPooling(pooler_output=merged)
 
     def forward(
         self,
@@ -72,6 +99,7 @@ class LlavaSaepModel(LlavaSaepPreTrainedModel, LlavaModel):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs,
     ) -> LlavaModelOutputWithPast:
@@ -81,7 +109,8 @@ class LlavaSaepModel(LlavaSaepPreTrainedModel, LlavaModel):
             input_ids: (batch, length); each image has one placeholder per token. Without any placeholder in the batch,
                 `pixel_values` is taken as a stand-in: tower and projector run and count for nothing, so that every rank
                 of a ZeRO run makes the same calls whatever its samples hold.
-            pixel_values: (images of the whole batch, 3, height, width), in the order of the placeholders.
+            pixel_values, image_sizes: of the whole batch's images, in the order of the placeholders, as
+                `get_image_features` takes them.
             mm_encoder_outputs: `{"image": ...}` from `get_image_features`, instead of `pixel_values`.
         Raises:
             UserError: placeholders and image tokens differ in number, or both or neither input is given.
@@ -94,7 +123,7 @@ class LlavaSaepModel(LlavaSaepPreTrainedModel, LlavaModel):
         if inputs_embeds is not None and (encoded is not None or pixel_values is not None):
             raise UserError("images need input_ids: their placeholders say where the image tokens belong")
         if pixel_values is not None:
-            encoded = self.get_image_features(pixel_values)
+            encoded = self.get_image_features(pixel_values, image_sizes)
 
         image_features = None
         if inputs_embeds is None:
@@ -141,9 +170,11 @@ class LlavaSaepForConditionalGeneration(LlavaSaepPreTrainedModel, LlavaForCondit
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
-    def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: Tensor | Sequence[Tensor], image_sizes: Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
         """See `LlavaSaepModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values)
+        return self.model.get_image_features(pixel_values, image_sizes)
 
     def forward(
         self,
@@ -154,6 +185,7 @@ class LlavaSaepForConditionalGeneration(LlavaSaepPreTrainedModel, LlavaForCondit
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         num_items_in_batch: Tensor | int | None = None,
@@ -177,6 +209,7 @@ class LlavaSaepForConditionalGeneration(LlavaSaepPreTrainedModel, LlavaForCondit
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            image_sizes=image_sizes,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )

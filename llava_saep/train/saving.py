@@ -14,7 +14,7 @@ from typing import Literal
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llava_saep.model.loading import PROJECTOR_PREFIX, save_projector_weights
+from llava_saep.model.loading import goes_with_projector, save_projector_weights
 from llava_saep.train.config import TrainablePart
 from llava_saep.train.trainable import part_of
 
@@ -87,6 +87,6 @@ def write_lora(folder: Path, weights: dict[str, Tensor], model: nn.Module) -> No
     model.save_pretrained(str(folder), state_dict=adapter, save_embedding_layers=False)
     beside = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in weights.items() if name not in adapter}
     base = model.get_base_model()
-    save_projector_weights(folder, {n: t for n, t in beside.items() if n.startswith(PROJECTOR_PREFIX)}, base.config)
-    if any(not name.startswith(PROJECTOR_PREFIX) for name in beside):
+    save_projector_weights(folder, {n: t for n, t in beside.items() if goes_with_projector(n)}, base.config)
+    if any(not goes_with_projector(name) for name in beside):
         save_file(beside, folder / NON_LORA_WEIGHTS_NAME, metadata={"format": "pt"})

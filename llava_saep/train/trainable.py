@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from llava_saep.train.config import TRAINABLE_PARTS, TrainablePart
 
 _PART_PREFIXES = {
-    "vision_tower": "model.vision_tower.",
-    "projector": "model.multi_modal_projector.",
+    "vision_tower": ("model.vision_tower.",),
+    "projector": ("model.multi_modal_projector.", "model.image_newline"),
 }
 _PEFT_PREFIX = "base_model.model."
 
@@ -24,8 +24,8 @@ def part_of(parameter_name: str) -> TrainablePart:
     name = parameter_name.removeprefix(_PEFT_PREFIX)
     if "lora_" in name:
         return "lora"
-    for part, prefix in _PART_PREFIXES.items():
-        if name.startswith(prefix):
+    for part, prefixes in _PART_PREFIXES.items():
+        if name.startswith(prefixes):
             return part
     return "language_model"
 
