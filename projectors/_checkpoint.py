@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -43,7 +44,7 @@ def load_projector_state_dict(projector: Projector, state_dict: Mapping[str, Ten
         ProjectorError: a tensor is missing, unknown or misshapen (named, with both shapes); nothing has been loaded.
     """
     with gathered_parameters(projector):
-        converted = _best_reading(projector, state_dict)
+        converted = nearest_reading(projector, state_dict).weights
         _check_keys(projector, converted)
         _check_shapes(projector, converted)
         is_meta = any(parameter.is_meta for parameter in projector.parameters())
@@ -68,24 +69,35 @@ def gathered_parameters(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def _best_reading(projector: Projector, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+class Reading(NamedTuple):
+    """A state dict as one prefix and one spelling of the keys give it, and how far it is from a projector's own."""
+
+    num_unmatched: int
+    """Keys on one side only."""
+
+    num_misshapen: int
+    """Keys on both sides whose tensors have different shapes."""
+
+    weights: dict[str, Tensor]
+
+
+def nearest_reading(projector: Projector, state_dict: Mapping[str, Tensor]) -> Reading:
     """The state dict without its prefix, in this module's keys: the first exact match, or the nearest miss."""
     expected = projector.state_dict()
     readings = []
     for prefix in _candidate_prefixes(state_dict):
         stripped = {key[len(prefix) :]: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
-        for reading in (stripped, projector.convert_original_state_dict(stripped)):
-            distance = _distance(reading, expected)
-            if distance == (0, 0):
-                return dict(reading)
-            readings.append((distance, reading))
-    return dict(min(readings, key=lambda pair: pair[0])[1])
+        for weights in (stripped, projector.convert_original_state_dict(stripped)):
+            reading = _compare(weights, expected)
+            if reading.num_unmatched == reading.num_misshapen == 0:
+                return reading
+            readings.append(reading)
+    return min(readings, key=lambda reading: reading[:2])
 
 
-def _distance(reading: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Keys on one side only, and tensors of another shape."""
-    misshapen = sum(reading[key].shape != expected[key].shape for key in expected.keys() & reading.keys())
-    return len(reading.keys() ^ expected.keys()), misshapen
+def _compare(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Reading:
+    misshapen = sum(weights[key].shape != expected[key].shape for key in expected.keys() & weights.keys())
+    return Reading(len(weights.keys() ^ expected.keys()), misshapen, dict(weights))
 
 
 def _candidate_prefixes(state_dict: Mapping[str, Tensor]) -> list[str]:
