@@ -24,6 +24,8 @@ class LlavaSaepConfig(LlavaConfig):
         mm_patch_merge_type: how the crops of an image are put together: flat, spatial or spatial_unpad.
         image_grid_pinpoints: sizes that an image may be brought to before it is cut into crops, as (width, height);
             None where images are not cut.
+        image_aspect_ratio, mm_use_im_start_end: what LLaVA's scripts read from a model's config: how images are made
+            square, and whether prompts mark images with <im_start> and <im_end>. The processor has the last word.
         vision_tower_name_or_path, language_model_name_or_path: where the pretrained parts came from; a folder that
             holds projector weights alone is completed from them.
     """
@@ -33,6 +35,8 @@ class LlavaSaepConfig(LlavaConfig):
     projector: dict[str, Any] | None = None
     mm_patch_merge_type: str = "flat"
     image_grid_pinpoints: list[list[int]] | None = None
+    image_aspect_ratio: str | None = None
+    mm_use_im_start_end: bool = False
     vision_tower_name_or_path: str | None = None
     language_model_name_or_path: str | None = None
 

@@ -11,13 +11,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoImageProcessor
 
 from llava_saep.data.images import GridPinpoints
 from llava_saep.errors import UserError
 from llava_saep.model.configuration_llava_saep import LlavaSaepConfig
 from llava_saep.model.modeling_llava_saep import LlavaSaepForConditionalGeneration, newline_std
-from llava_saep.model.parts import build_tokenizer, language_model_weights, loading_whole, tower_weights
+from llava_saep.model.parts import (
+    build_tokenizer,
+    language_model_weights,
+    loading_whole,
+    read_image_processor,
+    tower_weights,
+)
 from llava_saep.model.processing_llava_saep import LlavaSaepProcessor
 from llava_saep.model.projector_selection import remember_selection, selection_from_config, trusting_projector_code
 from llava_saep.model.reading import (
@@ -221,13 +226,9 @@ def build_processor(
     Raises:
         UserError: the tower's folder has no image processor, or the tokenizer cannot be loaded.
     """
-    try:
-        image_processor = AutoImageProcessor.from_pretrained(vision_tower, backend="pil")
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"the image processor of {vision_tower!r} cannot be loaded: {first_line(error)}") from error
     return LlavaSaepProcessor.from_model_config(
         model_config,
-        image_processor=image_processor,
+        image_processor=read_image_processor(vision_tower),
         tokenizer=tokenizer if tokenizer is not None else build_tokenizer(language_model),
         image_aspect_ratio=image_aspect_ratio,
         conversation_template=conversation_template,

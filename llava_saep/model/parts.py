@@ -1,11 +1,18 @@
 """The pretrained parts that a model is made of: vision tower, language model and its tokenizer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from llava_saep.constants import DEFAULT_IMAGE_TOKEN
@@ -63,17 +70,33 @@ def language_model_weights(path: str, config: PreTrainedConfig, dtype: torch.dty
     return weights
 
 
-def build_tokenizer(language_model: str):
+def read_image_processor(vision_tower: str):
+    """Load a tower's image processor, with the PIL back end.
+
+    Raises:
+        UserError: the tower's folder has none.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(vision_tower, backend="pil")
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"the image processor of {vision_tower!r} cannot be loaded: {first_line(error)}") from error
+
+
+def build_tokenizer(language_model: str, extra_tokens: Sequence[str] = ()):
     """Load the language model's tokenizer and give it the `<image>` placeholder and a padding token.
 
     Padding is on the right, as for training; `<unk>` (else the end token) pads where the tokenizer has no token for it.
+
+    Args:
+        extra_tokens: special tokens to add before the placeholder, where the tokenizer lacks them.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(language_model, padding_side="right")
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"the tokenizer of {language_model!r} cannot be loaded: {first_line(error)}") from error
-    if DEFAULT_IMAGE_TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_tokens([DEFAULT_IMAGE_TOKEN], special_tokens=True)
+    known = tokenizer.get_vocab()
+    lacking = [token for token in (*extra_tokens, DEFAULT_IMAGE_TOKEN) if token not in known]
+    tokenizer.add_tokens(lacking, special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
