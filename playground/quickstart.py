@@ -204,12 +204,13 @@ def small_options(projector: str) -> str:
     Raises:
         ProjectorError: there is no such projector.
     """
-    from projectors import parse_projector_options, select_projector
+    from projectors import parse_projector_options, registered_presets, select_projector
 
     selection = select_projector(projector, trust_projector_code=True)
     small = parse_projector_options(SMALL_PROJECTORS.get(selection.name, ""))
-    # What the name itself says, as a preset's does, stays.
-    return ",".join(f"{name}={value}" for name, value in small.items() if name not in selection.options)
+    preset = registered_presets().get(projector)
+    meant_by_the_name = selection.options if preset is None else preset.options
+    return ",".join(f"{name}={value}" for name, value in small.items() if name not in meant_by_the_name)
 
 
 def default_num_processes(num_gpus: int, global_batch_size: int) -> int:
