@@ -25,6 +25,7 @@ from .layers import (
     build_mlp,
     map_to_tokens,
     reset_module,
+    reset_module_normal,
     reset_module_trunc_normal,
     resize_positions,
     tokens_to_map,
@@ -33,6 +34,11 @@ from .layers import (
 
 _NORM_EPS, _PRENORM_EPS = 1e-5, 1e-6
 _SQUEEZE_RATIO = 0.25
+_INITIALISERS = {
+    "default": reset_module,
+    "normal": reset_module_normal,
+    "trunc_normal": reset_module_trunc_normal,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +60,10 @@ class CAbstractorConfig(ProjectorConfig):
     )
     prenorm: bool = option(False, "LayerNorm on the features before the positions are added")
     num_eos_tokens: int = option(0, "learned tokens appended after the image", minimum=0)
-    init: Literal["default", "trunc_normal"] = option(
-        "default", "PyTorch's default, or truncated normal of std 0.02 with zero biases (close to Honeybee's training)"
+    init: Literal["default", "normal", "trunc_normal"] = option(
+        "default",
+        "PyTorch's default; N(0, 0.02**2) with zero biases, as Honeybee trained; or that normal cut at two standard "
+        "deviations",
     )
 
     def __post_init__(self) -> None:
@@ -80,12 +88,20 @@ class CAbstractorConfig(ProjectorConfig):
         return {"num_queries": 4, "hidden_size": 24, "depth": 1, "position_grid": [4, 4]}
 
 
+class MatrixConv2d(nn.Conv2d):
+    """A 1x1 convolution as the matrix product that it is on channels-last memory; the weight keeps its four axes."""
+
+    def forward(self, feature_map: Tensor) -> Tensor:
+        return functional.linear(feature_map.permute(0, 2, 3, 1), self.weight.flatten(1)).permute(0, 3, 1, 2)
+
+
 class ConvNorm(nn.Module):
     """Convolution without bias, LayerNorm over channels, optionally SiLU."""
 
     def __init__(self, in_channels: int, channels: int, kernel_size: int, groups: int = 1, activate: bool = True):
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, channels, kernel_size, padding=kernel_size // 2, groups=groups, bias=False)
+        convolution = MatrixConv2d if kernel_size == groups == 1 else nn.Conv2d
+        self.conv = convolution(in_channels, channels, kernel_size, padding=kernel_size // 2, groups=groups, bias=False)
         self.bn = LayerNorm2d(channels, eps=_NORM_EPS)
         self.activate = activate
 
@@ -158,7 +174,7 @@ class CAbstractor(Projector):
 
     def reset_parameters(self) -> None:
         """Convolutions and Linear layers as the option `init` says; learned tokens truncated normal, std 0.02."""
-        self.apply(reset_module_trunc_normal if self.config.init == "trunc_normal" else reset_module)
+        self.apply(_INITIALISERS[self.config.init])
         trunc_normal_(self.pos_emb)
         trunc_normal_(self.eos_tokens)
 
