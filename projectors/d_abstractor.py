@@ -91,6 +91,11 @@ class DAbstractorConfig(ProjectorConfig):
         self.check_grid(grid)
         return self.num_queries + self.num_eos_tokens
 
+    def token_grid(self, grid: PatchGrid) -> PatchGrid | None:
+        self.check_grid(grid)
+        is_map = self.pooled_queries != "none" and not self.num_eos_tokens
+        return self.query_grid if is_map else None
+
     @classmethod
     def tiny_options(cls) -> dict[str, Any]:
         sizes = {"num_queries": 4, "hidden_size": 24, "depth": 2, "num_heads": 4, "intermediate_size": 20}

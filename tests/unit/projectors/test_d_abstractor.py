@@ -204,6 +204,19 @@ def test_queries_that_are_not_pooled_need_no_patches():
 
 
 @pytest.mark.parametrize(
+    "options, token_grid",
+    [
+        ({}, PatchGrid(2, 2)),
+        ({"pooled_queries": "tgt"}, PatchGrid(2, 2)),
+        ({"pooled_queries": "none"}, None),
+        ({"num_eos_tokens": 1}, None),
+    ],
+)
+def test_tokens_form_a_map_where_they_are_pooled_from_one(options, token_grid):
+    assert build(**options).config.token_grid(GRID) == token_grid
+
+
+@pytest.mark.parametrize(
     "options, words",
     [
         ({"num_queries": 5}, "num_queries: got 5, expected a square number"),
