@@ -15,6 +15,15 @@ from torch import Tensor, nn
 from llava_saep.data.images import GridPinpoints
 from llava_saep.errors import UserError
 from llava_saep.model.configuration_llava_saep import LlavaSaepConfig
+from llava_saep.model.formats import (
+    build_foreign_processor,
+    detect_format,
+    inspect_foreign_folder,
+    load_foreign_model,
+    refuse_parts,
+)
+from llava_saep.model.hf_format import HfFolder
+from llava_saep.model.llava_format import LlavaFolder
 from llava_saep.model.modeling_llava_saep import LlavaSaepForConditionalGeneration, newline_std
 from llava_saep.model.parts import (
     build_tokenizer,
@@ -30,7 +39,6 @@ from llava_saep.model.reading import (
     UNREADABLE_CONFIG,
     first_line,
     read_config,
-    read_json_object,
     read_vision_config,
     read_weights_file,
 )
@@ -322,25 +330,19 @@ class SavedFolder:
     config: LlavaSaepConfig
 
 
-def inspect_folder(folder: str | Path) -> SavedFolder:
+def inspect_folder(folder: str | Path) -> SavedFolder | LlavaFolder | HfFolder:
     """Decide from files and config what a saved folder is.
 
     Raises:
-        UserError: no folder, no config of this project, or no weights.
+        UserError: no folder, no config of a model that loads here, or no weights.
     """
     path = Path(folder)
-    if not path.is_dir():
-        raise UserError(f"{path} is not a folder; expected one that training wrote (its --output_dir)")
-    config_path = path / "config.json"
-    if not config_path.is_file():
-        raise UserError(f"{path} has no config.json; expected a folder that training wrote (its --output_dir)")
-    model_type = read_json_object(config_path).get("model_type")
-    if model_type != LlavaSaepConfig.model_type:
-        raise UserError(f"{config_path} describes a {model_type!r} model, expected {LlavaSaepConfig.model_type!r}")
+    if detect_format(path) != "own":
+        return inspect_foreign_folder(path)
     try:
         config = LlavaSaepConfig.from_pretrained(path)
     except UNREADABLE_CONFIG as error:
-        raise UserError(f"{config_path} is not a consistent config: {error}") from error
+        raise UserError(f"{path}/config.json is not a consistent config: {error}") from error
     if (path / "adapter_config.json").is_file():
         return SavedFolder(path, "lora", config)
     if any((path / name).is_file() for name in FULL_WEIGHTS_NAMES):
@@ -359,7 +361,7 @@ def load_model(
     trust_projector_code: bool | None = None,
     attn_implementation: str | None = None,
 ) -> LlavaSaepForConditionalGeneration:
-    """Load any folder that training wrote, in evaluation mode.
+    """Load any folder that training wrote, the original LLaVA's or llava-hf's too, in evaluation mode.
 
     A stage-1 folder is completed from the tower and language model that its config names; a LoRA folder likewise, its
     adapter merged into the language model.
@@ -371,8 +373,10 @@ def load_model(
         UserError, ProjectorError: the folder is no saved model, or its weights are missing, damaged or misshapen.
     """
     with trusting_projector_code(trust_projector_code):
-        saved = inspect_folder(folder)
         kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    model_base: str | None = None,
+    vision_tower: str | None = None,
+    projector: ProjectorSelection | None = None,
         if saved.kind == "full":
             model = _load_full(saved, dtype, **kwargs)
         else:
@@ -380,14 +384,22 @@ def load_model(
     return model.to(device).eval()
 
 
+        model_base, vision_tower, projector: for a folder of the original LLaVA, in place of what its config says; see
+            `inspect_llava_folder`.
 def _load_full(saved: SavedFolder, dtype: torch.dtype, **kwargs) -> LlavaSaepForConditionalGeneration:
     try:
         model, info = LlavaSaepForConditionalGeneration.from_pretrained(
             saved.path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
+    parts = {"model_base": model_base, "vision_tower": vision_tower, "projector": projector}
     except Exception as error:  # safetensors, OS and transformers errors share no base class
         if isinstance(error, ValueError):
             raise
+        if detect_format(folder) != "own":
+            foreign = inspect_foreign_folder(folder, **parts)
+            return load_foreign_model(foreign, dtype, **kwargs).to(device).eval()
+        refuse_parts(folder, **parts)
+        saved = inspect_folder(folder)
         raise UserError(f"the weights in {saved.path} cannot be read: {error}") from error
     if info["mismatched_keys"]:
         name, found, expected = sorted(info["mismatched_keys"])[0]
@@ -449,7 +461,7 @@ def _load_non_lora_weights(model: nn.Module, folder: Path) -> None:
 
 
 def load_processor(folder: str | Path, *, trust_projector_code: bool | None = None) -> LlavaSaepProcessor:
-    """Load the processor that training wrote beside a model.
+    """Load the processor that training wrote beside a model, or make the one of a LLaVA or llava-hf folder.
 
     Args:
         trust_projector_code: as in `load_model`.
@@ -463,3 +475,5 @@ def load_processor(folder: str | Path, *, trust_projector_code: bool | None = No
             return LlavaSaepProcessor.from_pretrained(folder, backend="pil")
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{folder} has no readable processor: {first_line(error)}") from error
+        if (Path(folder) / "config.json").is_file() and detect_format(folder) != "own":
+            return build_foreign_processor(inspect_foreign_folder(folder))

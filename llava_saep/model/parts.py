@@ -82,16 +82,17 @@ def read_image_processor(vision_tower: str):
         raise UserError(f"the image processor of {vision_tower!r} cannot be loaded: {first_line(error)}") from error
 
 
-def build_tokenizer(language_model: str, extra_tokens: Sequence[str] = ()):
+def build_tokenizer(language_model: str, extra_tokens: Sequence[str] = (), text_config: PreTrainedConfig | None = None):
     """Load the language model's tokenizer and give it the `<image>` placeholder and a padding token.
 
     Padding is on the right, as for training; `<unk>` (else the end token) pads where the tokenizer has no token for it.
 
     Args:
         extra_tokens: special tokens to add before the placeholder, where the tokenizer lacks them.
+        text_config: the language model's, where the folder's config.json is one that transformers does not know.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(language_model, padding_side="right")
+        tokenizer = AutoTokenizer.from_pretrained(language_model, config=text_config, padding_side="right")
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"the tokenizer of {language_model!r} cannot be loaded: {first_line(error)}") from error
     known = tokenizer.get_vocab()
