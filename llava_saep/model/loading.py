@@ -360,6 +360,9 @@ def load_model(
     device: str | torch.device = "cpu",
     trust_projector_code: bool | None = None,
     attn_implementation: str | None = None,
+    model_base: str | None = None,
+    vision_tower: str | None = None,
+    projector: ProjectorSelection | None = None,
 ) -> LlavaSaepForConditionalGeneration:
     """Load any folder that training wrote, the original LLaVA's or llava-hf's too, in evaluation mode.
 
@@ -367,16 +370,21 @@ def load_model(
     adapter merged into the language model.
 
     Args:
+        model_base, vision_tower, projector: for a folder of the original LLaVA, in place of what its config says; see
+            `inspect_llava_folder`.
         trust_projector_code: permit the config to import a projector from outside this package. None: as
             `trusting_projector_code` around the call says, and else not.
     Raises:
         UserError, ProjectorError: the folder is no saved model, or its weights are missing, damaged or misshapen.
     """
+    parts = {"model_base": model_base, "vision_tower": vision_tower, "projector": projector}
     with trusting_projector_code(trust_projector_code):
         kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    model_base: str | None = None,
-    vision_tower: str | None = None,
-    projector: ProjectorSelection | None = None,
+        if detect_format(folder) != "own":
+            foreign = inspect_foreign_folder(folder, **parts)
+            return load_foreign_model(foreign, dtype, **kwargs).to(device).eval()
+        refuse_parts(folder, **parts)
+        saved = inspect_folder(folder)
         if saved.kind == "full":
             model = _load_full(saved, dtype, **kwargs)
         else:
@@ -384,22 +392,14 @@ def load_model(
     return model.to(device).eval()
 
 
-        model_base, vision_tower, projector: for a folder of the original LLaVA, in place of what its config says; see
-            `inspect_llava_folder`.
 def _load_full(saved: SavedFolder, dtype: torch.dtype, **kwargs) -> LlavaSaepForConditionalGeneration:
     try:
         model, info = LlavaSaepForConditionalGeneration.from_pretrained(
             saved.path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
-    parts = {"model_base": model_base, "vision_tower": vision_tower, "projector": projector}
     except Exception as error:  # safetensors, OS and transformers errors share no base class
         if isinstance(error, ValueError):
             raise
-        if detect_format(folder) != "own":
-            foreign = inspect_foreign_folder(folder, **parts)
-            return load_foreign_model(foreign, dtype, **kwargs).to(device).eval()
-        refuse_parts(folder, **parts)
-        saved = inspect_folder(folder)
         raise UserError(f"the weights in {saved.path} cannot be read: {error}") from error
     if info["mismatched_keys"]:
         name, found, expected = sorted(info["mismatched_keys"])[0]
@@ -471,9 +471,9 @@ def load_processor(folder: str | Path, *, trust_projector_code: bool | None = No
     if not Path(folder).is_dir():  # transformers would ask the hub for a model of that name
         raise UserError(f"{folder} is not a folder; expected one that training wrote (its --output_dir)")
     with trusting_projector_code(trust_projector_code):
+        if (Path(folder) / "config.json").is_file() and detect_format(folder) != "own":
+            return build_foreign_processor(inspect_foreign_folder(folder))
         try:
             return LlavaSaepProcessor.from_pretrained(folder, backend="pil")
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{folder} has no readable processor: {first_line(error)}") from error
-        if (Path(folder) / "config.json").is_file() and detect_format(folder) != "own":
-            return build_foreign_processor(inspect_foreign_folder(folder))
