@@ -38,6 +38,7 @@ class ProjectorDescription:
     summary: str
     paper: str = ""
     provider: str = ""
+    package: str = ""
     registered_name: str = ""
     preset_of: str | None = None
     aliases: tuple[str, ...] = ()
@@ -75,13 +76,14 @@ def describe_projector(name: str, sizes: Sizes, options: Mapping[str, Any] | Non
 
 
 def describe_registered(names: Sequence[str], sizes: Sizes) -> list[ProjectorDescription]:
-    """One description per name; an installed projector that cannot be imported has an `error` too."""
+    """One description per name; an installed projector that cannot be used has an `error` too."""
     descriptions = []
     for name in names:
         try:
             descriptions.append(describe_projector(name, sizes))
-        except ProjectorError as error:
-            descriptions.append(ProjectorDescription(name=name, registered_name=name, summary="", error=str(error)))
+        except Exception as error:  # Other people's code may raise anything, and must not end the list.
+            reason = str(error) if isinstance(error, ProjectorError) else f"{type(error).__name__}: {error}"
+            descriptions.append(ProjectorDescription(name=name, registered_name=name, summary="", error=reason))
     return descriptions
 
 
@@ -113,6 +115,7 @@ def _known(name: str, selection: ProjectorSelection) -> dict[str, Any]:
         "summary": preset.summary if preset else spec.summary,
         "paper": spec.paper,
         "provider": spec.provider,
+        "package": spec.package,
         "registered_name": spec.name,
         "preset_of": spec.name if preset else None,
         "aliases": spec.aliases,

@@ -66,6 +66,7 @@ def plot_measurements(rows: Sequence[Measurement], path: Path, *, title: str, hi
     Returns:
         Number of projectors drawn; with 0 no file is written.
     """
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -81,7 +82,10 @@ def plot_measurements(rows: Sequence[Measurement], path: Path, *, title: str, hi
     figure.set_layout_engine("none")
     for axes, kind in ((left, "forward"), (right, "forward_backward")):
         _label_points(axes, timed, kind, highlighted)
-    figure.savefig(path)
+    # Text as text, and nothing that changes from run to run: an SVG may be put under version control.
+    is_svg = path.suffix.lower() == ".svg"
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "llava-saep"}):
+        figure.savefig(path, metadata={"Date": None} if is_svg else None)
     return len(timed)
 
 

@@ -80,7 +80,7 @@ class Step:
         self.grid = workload.sizes.grid
         self.features = tower_output.features(projector.config)
         num_tokens = projector.config.num_output_tokens(self.grid)
-        shape = (workload.batch_size, num_tokens, workload.sizes.text_hidden_size)
+        shape = (workload.batch_size, num_tokens, projector.config.text_hidden_size)
         # A gradient as a language model hands it back; that of a sum would have stride 0 and be copied first.
         self.output_gradient = torch.randn(shape, device=workload.device, dtype=workload.dtype)
         self._call: nn.Module = _compiled(projector) if workload.compile else projector
@@ -119,6 +119,6 @@ def build_step(selection: ProjectorSelection, config: ProjectorConfig, tower_out
 
 
 def _compiled(projector: Projector) -> nn.Module:
-    torch._dynamo.config.recompile_limit = _RECOMPILE_LIMIT
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
     # One whole graph: otherwise parts that cannot be compiled would run as they are without a word.
     return torch.compile(projector, fullgraph=not projector.compile_limitation, dynamic=False)

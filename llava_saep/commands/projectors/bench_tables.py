@@ -138,13 +138,13 @@ def profile_lines(profile: StepProfile, width: int) -> Iterator[str]:
         (_milliseconds(each.self_seconds), f"{100 * each.share:.1f}%", str(each.num_calls), each.operator)
         for each in top
     ]
-    yield from ("  " + line for line in columns(rows, left=(3,)))
+    yield from (f"  {line}"[:width] for line in columns(rows, left=(3,)))
     if len(profile.operators) > len(top):
         rest = sum(each.self_seconds for each in profile.operators[len(top) :])
         yield f"  {1000 * rest:.3f} ms in {len(profile.operators) - len(top)} more"
     yield f"\noperators that move data and compute nothing: {profile.num_copied_bytes / _MIB:.2f} MiB written"
     rows = [("MiB", "ms", "calls", "operator", "what", "inside")] + [_copy_row(each) for each in profile.copies]
-    yield from ("  " + line for line in columns(rows, left=(3, 4, 5)))
+    yield from (f"  {line}"[:width] for line in columns(rows, left=(3, 4, 5)))
     yield from wrapped(
         "broadcast: a small tensor such as a bias written into the output of a product. An operator in brackets calls "
         "one of the others, where its bytes are counted. What a library rearranges inside one kernel is not seen.",

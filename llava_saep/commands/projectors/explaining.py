@@ -76,8 +76,10 @@ def preset_meaning(preset: ProjectorPreset) -> str:
 
 def provider_in_words(spec: ProjectorSpec) -> str:
     """Where the class comes from; code outside the package says so itself, as `module:Class` or `file.py:Class`."""
-    is_own_code = ":" in spec.provider
-    return spec.provider if is_own_code else f"{spec.provider} ({class_place(spec)})"
+    if ":" in spec.provider:
+        return spec.provider
+    package = f" of {spec.package}" if spec.package else ""
+    return f"{spec.provider}{package} ({class_place(spec)})"
 
 
 def class_place(spec: ProjectorSpec) -> str:
