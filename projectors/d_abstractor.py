@@ -213,7 +213,9 @@ class DAbstractor(Projector):
 
     def _queries(self, tokens: Tensor, grid: PatchGrid) -> tuple[Tensor, Tensor]:
         """Content and position embedding of the queries, each (B, Q, hidden_size)."""
-        learned = self.query_position_embeddings.weight.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
+        # Through the embedding's forward, and not its weight, so that ZeRO-3 knows to gather that.
+        learned = self.query_position_embeddings(torch.arange(self.config.num_queries, device=tokens.device))
+        learned = learned.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
         if self.config.pooled_queries == "none":
             query_positions, contents = learned.chunk(2, dim=2)
             return contents, query_positions

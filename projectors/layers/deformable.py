@@ -82,7 +82,7 @@ def sampling_locations(reference_points: Tensor, offsets: Tensor, grid: PatchGri
     dtype = _sampling_dtype(offsets)
     # Python's numbers instead of a tensor: nothing to move to the device.
     scaled = torch.stack([offsets[..., 0].to(dtype) / grid.width, offsets[..., 1].to(dtype) / grid.height], dim=-1)
-    return reference_points[:, :, None, None].to(dtype) + scaled
+    return reference_points[:, :, None, None] + scaled
 
 
 def weighted_samples(values: Tensor, grid: PatchGrid, locations: Tensor, weights: Tensor) -> Tensor:

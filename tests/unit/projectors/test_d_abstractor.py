@@ -194,6 +194,15 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(projector.train()(features, GRID), evaluated)
 
 
+def test_dropout_acts_on_all_three_branches():
+    """With all of them dropped a layer is its three norms."""
+    projector = build(dropout=1.0, depth=1).train()
+    layer, learned = projector.layers[0], projector.query_position_embeddings.weight
+    normed = layer.final_layer_norm(layer.encoder_attn_layer_norm(layer.self_attn_layer_norm(learned)))
+    expected = projector.output_proj(normed)
+    torch.testing.assert_close(projector([torch.randn(1, GRID.num_patches, 8)], GRID)[0], expected, rtol=0, atol=1e-6)
+
+
 def test_queries_that_are_not_pooled_need_no_patches():
     features = [torch.randn(1, 2, 8)]
     assert build(pooled_queries="none")(features, PatchGrid(1, 2)).shape == (1, 4, 12)

@@ -16,7 +16,7 @@ from projectors import PatchGrid
 from projectors.layers import DeformableAttention
 from projectors.layers.deformable import sampling_locations, weighted_samples
 
-NUM_HEADS, NUM_POINTS, WIDTH = 4, 3, 16
+NUM_HEADS, NUM_POINTS, WIDTH = 8, 3, 16  # eight heads, so that rings have corners
 
 
 def detr_config():
