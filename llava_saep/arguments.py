@@ -402,10 +402,16 @@ def _select_projector(flags: argparse.Namespace) -> ProjectorSelection:
         options.setdefault("keep_cls_token", True)
     spelling = flags.mm_projector_type or DEFAULT_PROJECTOR
     selection = select_projector(spelling, options, trust_projector_code=True)  # the user names it here
-    if layers is None or "vision_layers" in options:
+    chosen = selection.options.get("vision_layers")  # by an option, or by a preset's name
+    if layers is None or layers == chosen:
         return selection
-    if len(layers) == 1 and "vision_layers" in selection.options:
-        return selection  # a preset's name says which layers
+    if chosen is not None and len(layers) > 1:
+        raise UserError(
+            f"--mm_vision_select_layer {' '.join(map(str, layers))} contradicts the projector, which reads the layers "
+            f"{' '.join(map(str, chosen))} by its name or --mm_projector_options; drop one of them"
+        )
+    if chosen is not None:
+        return selection  # LLaVA's scripts name a single layer in any case
     if len(layers) == 1 and _default_num_layers_read(selection) > 1:
         logger.warning(
             "--mm_vision_select_layer %d is not applied: projector %s combines several layers. To choose them, give "
@@ -423,6 +429,7 @@ def _model_config(flags: argparse.Namespace) -> ModelConfig:
         vision_tower=flags.vision_tower,
         projector=_select_projector(flags),
         keeps_saved_projector=flags.mm_projector_type is None and flags.mm_projector_options is None,
+        named_layers=tuple(flags.mm_vision_select_layer or ()),
         projector_weights=flags.pretrain_mm_mlp_adapter,
         attn_implementation=flags.attn_implementation,
         trust_projector_code=flags.trust_projector_code,

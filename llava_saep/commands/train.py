@@ -1,6 +1,7 @@
 """`llava-saep train`: checks the flags once, then has the deepspeed launcher start the script on every rank."""
 
 import argparse
+import contextlib
 import os
 import socket
 import subprocess
@@ -47,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
         from llava_saep.train import train_mem
 
         return train_mem.main(training_flags)
+    check_models(training_flags)
     command = launcher_command(own_flags, training_flags, num_processes)
     return run_launcher(command, launcher_environment(num_processes, os.environ))
 
@@ -95,6 +97,21 @@ def check_training_flags(training_flags: Sequence[str]) -> None:
     from llava_saep.train.run import check_paths
 
     check_paths(parse_arguments(list(training_flags)))
+
+
+def check_models(training_flags: Sequence[str]) -> None:
+    """Raise UserError or ProjectorError where the models' configs already show that the run cannot work.
+
+    The machine that launches need not have the models: what cannot be read here is left to the ranks.
+    """
+    from llava_saep.arguments import parse_arguments
+    from llava_saep.model.projector_selection import trusting_projector_code
+    from llava_saep.model.reading import UnreadableModel
+    from llava_saep.train.run import plan_model
+
+    config = parse_arguments(list(training_flags))
+    with trusting_projector_code(config.model.trust_projector_code), contextlib.suppress(UnreadableModel):
+        plan_model(config)
 
 
 def default_num_processes() -> int:

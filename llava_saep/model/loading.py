@@ -37,6 +37,7 @@ from llava_saep.model.projector_selection import remember_selection, selection_f
 from llava_saep.model.reading import (
     FULL_WEIGHTS_NAMES,
     UNREADABLE_CONFIG,
+    find_full_weights,
     first_line,
     read_config,
     read_vision_config,
@@ -286,27 +287,41 @@ def find_projector_weights(path: str | Path) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
+    _refuse_whole_model(path)
     expected = " or ".join(str(candidate) for candidate in candidates)
     raise UserError(f"no projector weights at {path}: expected {expected}; stage 1 writes them into its --output_dir")
 
 
+def _refuse_whole_model(path: Path) -> None:
+    """Say what to do with a folder that holds a whole model where projector weights are expected."""
+    whole = find_full_weights(path) if path.is_dir() else []
+    if not whole:
+        return
+    alone = f", or name its weights file {whole[0]} to take its projector alone" if len(whole) == 1 else ""
+    raise UserError(
+        f"{path} holds a whole model and no {' or '.join(PROJECTOR_WEIGHTS_NAMES)}; to go on from that model, pass it "
+        f"as --model_name_or_path{alone}"
+    )
+
+
 def _read_projector_weights(projector: Projector, path: str | Path) -> None:
     file = find_projector_weights(path)
-    weights = {name: tensor for name, tensor in read_weights_file(file).items() if not _is_newline(name)}
+    weights = {name: tensor for name, tensor in read_weights_file(file).items() if not is_newline(name)}
     try:
         load_projector_state_dict(projector, weights)
     except ValueError as error:
         raise UserError(f"{file} does not fit the projector {type(projector).__name__}: {error}") from error
 
 
-def _is_newline(name: str) -> bool:
+def is_newline(name: str) -> bool:
+    """Whether a weight is LLaVA's newline token, under any prefix."""
     return name.rpartition(".")[2] == "image_newline"
 
 
 def _read_newline(path: str | Path) -> Tensor | None:
     """Return the newline token that lies beside projector weights, if there is one."""
     weights = read_weights_file(find_projector_weights(path))
-    return next((tensor for name, tensor in weights.items() if _is_newline(name)), None)
+    return next((tensor for name, tensor in weights.items() if is_newline(name)), None)
 
 
 def load_projector_weights(model: LlavaSaepForConditionalGeneration, path: str | Path) -> None:

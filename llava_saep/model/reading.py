@@ -27,6 +27,10 @@ def first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
+class UnreadableModel(UserError):
+    """A model's config cannot be read on this machine."""
+
+
 def read_config(path: str, flag: str) -> PreTrainedConfig:
     """Read a pretrained part's config from a folder or hub name.
 
@@ -34,13 +38,13 @@ def read_config(path: str, flag: str) -> PreTrainedConfig:
         path: local folder or hub name.
         flag: what the user calls it, for the message.
     Raises:
-        UserError: nothing readable is there.
+        UnreadableModel: nothing readable is there.
     """
     try:
         return AutoConfig.from_pretrained(path)
     except UNREADABLE_CONFIG as error:
         what = "folder has no readable config.json" if Path(path).is_dir() else "is no folder here, nor a hub model"
-        raise UserError(f"{flag} {path!r} {what}: {first_line(error)}") from error
+        raise UnreadableModel(f"{flag} {path!r} {what}: {first_line(error)}") from error
 
 
 def read_vision_config(path: str) -> PreTrainedConfig:
@@ -62,7 +66,7 @@ def read_weights_file(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors, zip and unpickling errors share no base class
-        raise UserError(f"{path} is not a readable weights file: {error}") from error
+        raise UserError(f"{path} is not a readable weights file: {first_line(error)}") from error
     if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
         raise UserError(f"{path} is not a readable weights file: expected a dictionary of tensors by name")
     return weights

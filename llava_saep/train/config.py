@@ -26,6 +26,7 @@ class ModelConfig:
         vision_tower: `--vision_tower`; None only where `language_model` is a saved model that names its own.
         projector: the projector to train with.
         keeps_saved_projector: no flag names a projector, so that a saved model's own takes precedence.
+        named_layers: `--mm_vision_select_layer`, also where the projector combines several and does not apply it.
         projector_weights: `--pretrain_mm_mlp_adapter`: stage 1's output, a file or its folder.
         attn_implementation: None lets transformers choose.
     """
@@ -34,6 +35,7 @@ class ModelConfig:
     vision_tower: str | None
     projector: ProjectorSelection
     keeps_saved_projector: bool = False
+    named_layers: tuple[int, ...] = ()
     projector_weights: str | None = None
     attn_implementation: str | None = None
     trust_projector_code: bool = False

@@ -29,6 +29,7 @@ from llava_saep.model.loading import (
     make_config,
     read_config,
 )
+from llava_saep.model.projector_check import check_projector_weights
 from llava_saep.model.projector_selection import remember_selection, selection_from_config, trusting_projector_code
 from llava_saep.model.vision_tower import unused_tower_parameters
 from llava_saep.train import checkpointing, distributed
@@ -60,9 +61,9 @@ def train(config: RunConfig) -> None:
     """
     with trusting_projector_code(config.model.trust_projector_code):
         check_paths(config)
+        processor, model_config = plan_model(config)
         arguments = start(config.training)
         checkpoint = choose_checkpoint(config.training)
-        processor, model_config = plan_model(config)
         dataset = build_dataset(config.data, processor, model_config)
         model = load_weights(config.model, model_config, arguments)
         model = choose_trainable(model, config.training, arguments)
@@ -236,11 +237,31 @@ def _on_rank_zero(decide: Callable[[], T]) -> T:
 
 
 def plan_model(config: RunConfig) -> tuple[LlavaSaepProcessor, LlavaSaepConfig]:
-    """Make processor and config from the parts' configs, so that data are checked before any weights are read.
+    """Make processor and config from the parts' configs, before any weights are read or ranks wait for each other.
 
     Raises:
-        UserError, ProjectorError: a part cannot be read, or the projector cannot work between them.
+        UserError, ProjectorError: a part cannot be read, the projector cannot work between them, or the weights that
+            it shall start from are not its own.
     """
+    processor, model_config = _plan(config)
+    _check_named_layers(config.model, model_config)
+    if config.model.projector_weights is not None:
+        check_projector_weights(config.model.projector_weights, model_config)
+    return processor, model_config
+
+
+def _check_named_layers(model: ModelConfig, model_config: LlavaSaepConfig) -> None:
+    """Refuse a layer that the tower lacks, also where the projector does not apply it."""
+    depth = model_config.vision_config.num_hidden_layers
+    for layer in model.named_layers:
+        if not -(depth + 1) <= layer <= depth:
+            raise UserError(
+                f"--mm_vision_select_layer {layer}: the vision tower has {depth} blocks, so layers run from "
+                f"{-(depth + 1)} to {depth}"
+            )
+
+
+def _plan(config: RunConfig) -> tuple[LlavaSaepProcessor, LlavaSaepConfig]:
     model = config.model
     base = read_config(model.language_model, "--model_name_or_path")
     if isinstance(base, LlavaSaepConfig):
