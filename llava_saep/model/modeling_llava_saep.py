@@ -88,7 +88,9 @@ class LlavaSaepModel(LlavaSaepPreTrainedModel, LlavaModel):
             return BaseModelOutputWithPooling(pooler_output=list(projected))
         originals = None if image_sizes is None else [ImageSize(*size) for size in image_sizes.tolist()]
         counts = [len(stack) for stack in pixel_values]
-        merged = merge_all(self.config.image_tokens, projected, counts, originals, view, self.image_newline)
+        image_tokens = self.config.image_tokens
+        newline = self.image_newline if image_tokens.has_newline else None
+        merged = merge_all(image_tokens, projected, counts, originals, view, newline)
         return BaseModelOutputWithPooling(pooler_output=merged)
 
     def forward(

@@ -9,13 +9,14 @@ from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from llava_saep.constants import DEFAULT_IMAGE_TOKEN
-from llava_saep.data.images import load_image, preprocess_image
+from llava_saep.data.images import ImageSize, load_image, parse_grid_pinpoints, preprocess_image, processed_image_size
 from llava_saep.data.templates import conversation_template
 from llava_saep.data.tokenization import encode_prompt
 from llava_saep.errors import UserError
+from llava_saep.model.anyres import ImageTokens
 from llava_saep.model.configuration_llava_saep import LlavaSaepConfig
 from llava_saep.model.projector_selection import selection_from_config
-from projectors import PatchGrid, ProjectorConfig
+from projectors import ProjectorConfig
 
 CHAT_TEMPLATE_MESSAGE = (
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -47,7 +48,9 @@ class LlavaSaepProcessor(ProcessorMixin):
         vision_hidden_size, text_hidden_size: channels of the tower and of the language model.
         num_vision_layers: transformer blocks of the tower.
         patch_size: side of a patch, in pixels.
-        image_aspect_ratio: "square" (resize the short side, crop the centre) or "pad" (pad to a square first).
+        image_aspect_ratio: "square" (resize the short side, crop the centre), "pad" (pad to a square first) or "anyres"
+            (cut into crops).
+        mm_patch_merge_type, image_grid_pinpoints: how images are cut and put together, as in `LlavaSaepConfig`.
         conversation_template: name in llava_saep.data.templates with which the model was trained.
     """
 
@@ -64,6 +67,8 @@ class LlavaSaepProcessor(ProcessorMixin):
         patch_size: int | None = None,
         image_aspect_ratio: str = "square",
         conversation_template: str = "v1",
+        mm_patch_merge_type: str = "flat",
+        image_grid_pinpoints: Sequence[Sequence[int]] | None = None,
         chat_template: str | None = None,
         **kwargs,
     ):
@@ -74,6 +79,8 @@ class LlavaSaepProcessor(ProcessorMixin):
         self.patch_size = patch_size
         self.image_aspect_ratio = image_aspect_ratio
         self.conversation_template = conversation_template
+        self.mm_patch_merge_type = mm_patch_merge_type
+        self.image_grid_pinpoints = image_grid_pinpoints
         self.image_token = DEFAULT_IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)
         chat_template = chat_template or CHAT_TEMPLATES.get(conversation_template)
@@ -100,6 +107,8 @@ class LlavaSaepProcessor(ProcessorMixin):
             patch_size=config.vision_config.patch_size,
             image_aspect_ratio=image_aspect_ratio,
             conversation_template=conversation_template,
+            mm_patch_merge_type=config.mm_patch_merge_type,
+            image_grid_pinpoints=config.image_grid_pinpoints,
         )
 
     @property
@@ -114,20 +123,51 @@ class LlavaSaepProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         """input_ids first: the Trainer measures lengths by the first name."""
-        return ["input_ids", "attention_mask", "pixel_values"]
+        return ["input_ids", "attention_mask", "pixel_values", "image_sizes"]
+
+    @property
+    def image_tokens(self) -> ImageTokens:
+        """The arithmetic of an image's tokens; raises as `projector_config`, and for an unknown way of merging."""
+        pinpoints = parse_grid_pinpoints(self.image_grid_pinpoints)
+        return ImageTokens(self.projector_config, self.patch_size, self.mm_patch_merge_type, pinpoints)
 
     def num_image_tokens(self, height: int, width: int) -> int:
-        """Count the tokens of a preprocessed image of `height` x `width` pixels."""
-        return self.projector_config.num_output_tokens(PatchGrid(height // self.patch_size, width // self.patch_size))
+        """Count the tokens of a preprocessed image, or of one crop, of `height` x `width` pixels."""
+        return self.image_tokens.num_tokens_of_view(ImageSize(height, width))
 
-    def preprocess_images(self, images: Sequence[Image.Image | str]) -> torch.Tensor:
-        """Turn images or paths into pixel values (images, 3, height, width), as the training data has them.
+    def count_tokens(self, images: Sequence[Image.Image]) -> list[int]:
+        """Count the tokens of each image as it is, before preprocessing."""
+        view = processed_image_size(self.image_processor)
+        if self.image_aspect_ratio != "anyres":
+            return [self.image_tokens.num_tokens_of_view(view)] * len(images)
+        return [self.image_tokens.num_tokens(ImageSize(image.height, image.width), view) for image in images]
+
+    def preprocess_images(self, images: Sequence[Image.Image | str]) -> torch.Tensor | list[torch.Tensor]:
+        """Turn images or paths into pixel values, as the training data has them.
+
+        Returns:
+            (images, 3, height, width); with "anyres", one (crops, 3, height, width) tensor per image.
+        Raises:
+            UserError: a file is missing or is not a readable image.
+        """
+        pinpoints = parse_grid_pinpoints(self.image_grid_pinpoints)
+        pixels = [
+            preprocess_image(image, self.image_processor, self.image_aspect_ratio, pinpoints)
+            for image in load_images(images)
+        ]
+        return pixels if self.image_aspect_ratio == "anyres" else torch.stack(pixels)
+
+    def image_inputs(self, images: Sequence[Image.Image | str]) -> dict[str, Any]:
+        """Turn images or paths into what the model takes of them: pixel_values, and image_sizes with "anyres".
 
         Raises:
             UserError: a file is missing or is not a readable image.
         """
-        loaded = [image if isinstance(image, Image.Image) else load_image(image) for image in images]
-        return torch.stack([preprocess_image(image, self.image_processor, self.image_aspect_ratio) for image in loaded])
+        images = load_images(images)
+        inputs: dict[str, Any] = {"pixel_values": self.preprocess_images(images)}
+        if self.image_aspect_ratio == "anyres":
+            inputs["image_sizes"] = torch.tensor([(image.height, image.width) for image in images])
+        return inputs
 
     def __call__(
         self,
@@ -143,7 +183,7 @@ class LlavaSaepProcessor(ProcessorMixin):
             text: prompts with one `<image>` marker per image.
             kwargs: options of transformers' processors that have no meaning here are accepted and ignored.
         Returns:
-            input_ids and attention_mask (batch, length), and pixel_values (images, 3, height, width) if there are any.
+            input_ids and attention_mask (batch, length), and `image_inputs` if there are any images.
         Raises:
             UserError: no text, markers and images differ in number, or an image cannot be read.
         """
@@ -157,15 +197,22 @@ class LlavaSaepProcessor(ProcessorMixin):
         data: dict[str, Any] = {}
         counts: list[int] = []
         if flat_images:
-            data["pixel_values"] = self.preprocess_images(flat_images)
-            tokens = self.num_image_tokens(*data["pixel_values"].shape[-2:])
-            counts = [tokens] * len(flat_images)
+            flat_images = load_images(flat_images)
+            data |= self.image_inputs(flat_images)
+            counts = self.count_tokens(flat_images)
         rows = []
         for prompt in texts:
             own, counts = counts[: prompt.count(DEFAULT_IMAGE_TOKEN)], counts[prompt.count(DEFAULT_IMAGE_TOKEN) :]
             rows.append(encode_prompt(prompt, self.tokenizer, own, self.image_token_id))
         data = {**pad_rows(rows, self.tokenizer.pad_token_id or 0, self.tokenizer.padding_side), **data}
-        return BatchFeature(data=data, tensor_type=return_tensors)
+        # Stacks of crops differ in number and stay a list.
+        as_they_are = ["pixel_values"] if isinstance(data.get("pixel_values"), list) else None
+        return BatchFeature(data=data, tensor_type=return_tensors, skip_tensor_conversion=as_they_are)
+
+
+def load_images(images: Sequence[Image.Image | str]) -> list[Image.Image]:
+    """Read what is given by its path; raises a UserError for a file that is missing or no image."""
+    return [image if isinstance(image, Image.Image) else load_image(image) for image in images]
 
 
 def _flatten(images: Any) -> list:

@@ -55,3 +55,23 @@ def test_text_only_batch_gets_one_zero_image():
 def test_sample_above_max_length_is_refused():
     with pytest.raises(ValueError, match="3 tokens, more than max_length=2"):
         ConversationCollator(0, (8, 6), 2)([_sample([1, 2, 3])])
+
+
+def _cut_sample(*crop_counts):
+    stacks = [torch.full((count, 3, 8, 6), float(count)) for count in crop_counts]
+    sizes = torch.tensor([(100, 50 * count) for count in crop_counts])
+    return {**_sample([1, 2]), "pixel_values": stacks, "image_sizes": sizes}
+
+
+def test_stacks_of_crops_stay_apart_and_keep_their_sizes():
+    batch = ConversationCollator(0, (8, 6), 10, cuts_images=True)([_cut_sample(3, 5), _sample([3]), _cut_sample(4)])
+    assert [stack.shape[0] for stack in batch["pixel_values"]] == [3, 5, 4]
+    assert [stack[0, 0, 0, 0].item() for stack in batch["pixel_values"]] == [3, 5, 4]
+    assert batch["image_sizes"].tolist() == [[100, 150], [100, 250], [100, 200]]
+
+
+def test_text_only_batch_gets_one_zero_crop_where_images_are_cut():
+    batch = ConversationCollator(0, (8, 6), 10, cuts_images=True)([_sample([1, 2])])
+    (stack,) = batch["pixel_values"]
+    assert stack.shape == (1, 3, 8, 6) and not stack.any()
+    assert batch["image_sizes"].tolist() == [[8, 6]]
