@@ -402,16 +402,13 @@ def _select_projector(flags: argparse.Namespace) -> ProjectorSelection:
         options.setdefault("keep_cls_token", True)
     spelling = flags.mm_projector_type or DEFAULT_PROJECTOR
     selection = select_projector(spelling, options, trust_projector_code=True)  # the user names it here
-    chosen = selection.options.get("vision_layers")  # by an option, or by a preset's name
-    if layers is None or layers == chosen:
+    if layers is None:
         return selection
-    if chosen is not None and len(layers) > 1:
-        raise UserError(
-            f"--mm_vision_select_layer {' '.join(map(str, layers))} contradicts the projector, which reads the layers "
-            f"{' '.join(map(str, chosen))} by its name or --mm_projector_options; drop one of them"
-        )
-    if chosen is not None:
-        return selection  # LLaVA's scripts name a single layer in any case
+    if "vision_layers" in options:
+        _refuse_contradicting_layers(layers, selection.options["vision_layers"])
+        return selection
+    if len(layers) == 1 and "vision_layers" in selection.options:
+        return selection  # a preset's name says which layers
     if len(layers) == 1 and _default_num_layers_read(selection) > 1:
         logger.warning(
             "--mm_vision_select_layer %d is not applied: projector %s combines several layers. To choose them, give "
@@ -421,6 +418,15 @@ def _select_projector(flags: argparse.Namespace) -> ProjectorSelection:
         )
         return selection
     return select_projector(spelling, {**options, "vision_layers": layers}, trust_projector_code=True)
+
+
+def _refuse_contradicting_layers(layers: Sequence[int], option: Sequence[int]) -> None:
+    """Stop at several layers by flag that are not those of the option; LLaVA's scripts always name a single one."""
+    if len(layers) > 1 and list(layers) != list(option):
+        raise UserError(
+            f"--mm_vision_select_layer {' '.join(map(str, layers))} contradicts vision_layers "
+            f"{' '.join(map(str, option))} in --mm_projector_options; drop one of them"
+        )
 
 
 def _model_config(flags: argparse.Namespace) -> ModelConfig:

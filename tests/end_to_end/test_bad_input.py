@@ -102,10 +102,19 @@ def test_wrong_flag_ends_before_models_are_loaded(name, bases, data, tmp_path, r
     assert all(word in sentence for word in words), sentence
 
 
-def test_layers_by_flag_that_contradict_the_presets_are_refused(bases, data, tmp_path, refusal):
-    argv = training_flags(bases, data, tmp_path / "out", mm_projector_type="saep_single_layer")
-    sentence = refusal([*argv, "--mm_vision_select_layer", "1", "2"])
-    assert "1 2" in sentence and "-2" in sentence
+@pytest.mark.parametrize(
+    "projector, options, words",
+    [
+        ("saep_single_layer", "", ["saep_single_layer", "[-2]", "[1, 2]"]),
+        ("saep", "vision_layers=1|3", ["1 2", "1 3", "drop one"]),
+    ],
+)
+def test_layers_by_flag_that_contradict_a_preset_or_option_are_refused(
+    projector, options, words, bases, data, tmp_path, refusal
+):
+    flags = {"mm_projector_type": projector, "mm_projector_options": options}
+    sentence = refusal([*training_flags(bases, data, tmp_path / "out", **flags), "--mm_vision_select_layer", "1", "2"])
+    assert all(word in sentence for word in words), sentence
 
 
 # Weights of another projector
