@@ -94,12 +94,12 @@ class WindowAttention(nn.Module):
         projected = map(functional.linear, (queries.unsqueeze(2), keys, values), weights, biases)
         # (B, windows, patches or 1, heads, head size)
         queries, keys, values = (tokens.unflatten(3, (self.num_heads, -1)) for tokens in projected)
-        # One query and a few keys: products and sums take them as they lie, where attention kernels want a batch entry
-        # per window, of which CUDA allows 65535. The scores are at least float32, as inside those kernels.
+        # One query and a few keys: products and sums take them as they lie, while attention kernels want a batch entry
+        # per window, of which CUDA allows 65535. Like those kernels they count in float32 or better.
         dtype = torch.promote_types(keys.dtype, torch.float32)
-        scores = (queries * keys).sum(4, keepdim=True, dtype=dtype) / math.sqrt(keys.shape[4])
-        attended = (scores.softmax(2).to(values.dtype) * values).sum(2)
-        return self.out_proj(attended.flatten(2))
+        scores = (queries.to(dtype) * keys).sum(4, keepdim=True) / math.sqrt(keys.shape[4])
+        attended = (scores.softmax(2) * values).sum(2)
+        return self.out_proj(attended.flatten(2).to(keys.dtype))
 
 
 @register_projector(
