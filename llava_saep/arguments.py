@@ -17,13 +17,15 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import transformers
 from transformers import HfArgumentParser
 
+from llava_saep.data.images import AspectRatio, parse_grid_pinpoints
 from llava_saep.data.templates import TEMPLATE_NAMES, conversation_template
 from llava_saep.errors import UserError
+from llava_saep.model.anyres import PatchMergeType
 from llava_saep.train.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainablePart, TrainingConfig
 from projectors import (
     ProjectorSelection,
@@ -76,7 +78,13 @@ class ModelArguments:
     unfreeze_mm_vision_tower: bool = field(default=False, metadata={"help": "train the vision tower too"})
     mm_use_im_start_end: bool = field(default=False, metadata={"help": "only False is supported"})
     mm_use_im_patch_token: bool = field(default=True, metadata={"help": "accepted for LLaVA's scripts; no effect"})
-    mm_patch_merge_type: str = field(default="flat", metadata={"help": "only flat is supported"})
+    mm_patch_merge_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "how the crops of an image are put together (anyres): flat, spatial or spatial_unpad; None: flat, "
+            "or as a saved model does"
+        },
+    )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "eager, sdpa, flash_attention_2, flex_attention; None: transformers chooses"}
     )
@@ -90,7 +98,14 @@ class DataArguments:
 
     data_path: str | None = field(default=None, metadata={"help": "LLaVA JSON file"})
     image_folder: str | None = field(default=None, metadata={"help": "folder that the records' images are relative to"})
-    image_aspect_ratio: str = field(default="square", metadata={"help": "square (crop) or pad"})
+    image_aspect_ratio: str = field(default="square", metadata={"help": "square (crop), pad or anyres (several crops)"})
+    image_grid_pinpoints: str | None = field(
+        default=None,
+        metadata={
+            "help": "sizes that an image may be brought to with anyres: '[(336, 672), (672, 336)]', width and height "
+            "in pixels; None: 1x2, 2x1, 2x2, 3x1 and 1x3 times the tower's input"
+        },
+    )
     on_bad_sample: Literal["error", "skip"] = field(
         default="error", metadata={"help": "a record that cannot be used stops the run, or is counted and skipped"}
     )
@@ -314,13 +329,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
 
 def _refuse_unsupported(flags: argparse.Namespace) -> None:
     """Stop at values that LLaVA or transformers accept and this project does not implement."""
-    if flags.image_aspect_ratio not in ("square", "pad"):
-        later = " (anyres is not supported yet)" if flags.image_aspect_ratio == "anyres" else ""
-        raise UserError(f"--image_aspect_ratio {flags.image_aspect_ratio}: expected square or pad{later}")
+    _refuse_unknown_cutting(flags)
     if flags.mm_use_im_start_end:
         raise UserError("--mm_use_im_start_end True is not supported: images stand without start and end tokens")
-    if flags.mm_patch_merge_type != "flat":
-        raise UserError(f"--mm_patch_merge_type {flags.mm_patch_merge_type}: only flat is supported yet")
     if flags.bits != 16:
         installed = importlib.util.find_spec("bitsandbytes") is not None
         reason = "training on quantised weights is not implemented" if installed else "bitsandbytes is not installed"
@@ -338,6 +349,22 @@ def _refuse_unsupported(flags: argparse.Namespace) -> None:
         raise UserError("--fsdp is not supported; use --deepspeed with a file of deepspeed_configs/")
     if flags.bf16 and flags.fp16:
         raise UserError("--bf16 and --fp16 are both True; choose one (bf16 where the GPU has it)")
+
+
+def _refuse_unknown_cutting(flags: argparse.Namespace) -> None:
+    """Stop at a way of preparing images, or of putting their crops together, that does not exist or has no crops."""
+    if flags.image_aspect_ratio not in get_args(AspectRatio):
+        raise UserError(f"--image_aspect_ratio {flags.image_aspect_ratio}: expected {', '.join(get_args(AspectRatio))}")
+    merge_type = flags.mm_patch_merge_type
+    if merge_type is None:
+        return
+    if merge_type not in get_args(PatchMergeType):
+        raise UserError(f"--mm_patch_merge_type {merge_type}: expected {', '.join(get_args(PatchMergeType))}")
+    if merge_type != "flat" and flags.image_aspect_ratio != "anyres":
+        raise UserError(
+            f"--mm_patch_merge_type {merge_type} puts an image's crops together, and --image_aspect_ratio "
+            f"{flags.image_aspect_ratio} makes a single one; use --image_aspect_ratio anyres with it"
+        )
 
 
 def _refuse_out_of_range(flags: argparse.Namespace) -> None:
@@ -369,6 +396,8 @@ def _warn_without_effect(flags: argparse.Namespace) -> None:
         ignored.append("--cache_dir (set HF_HOME instead)")
     if flags.mpt_attn_impl not in (None, "triton"):
         ignored.append("--mpt_attn_impl (see --attn_implementation)")
+    if flags.image_grid_pinpoints and flags.image_aspect_ratio != "anyres":
+        ignored.append("--image_grid_pinpoints (for --image_aspect_ratio anyres)")
     if flags.lora_weight_path:
         ignored.append("--lora_weight_path (nor has it in LLaVA)")
     if ignored:
@@ -437,6 +466,8 @@ def _model_config(flags: argparse.Namespace) -> ModelConfig:
         keeps_saved_projector=flags.mm_projector_type is None and flags.mm_projector_options is None,
         named_layers=tuple(flags.mm_vision_select_layer or ()),
         projector_weights=flags.pretrain_mm_mlp_adapter,
+        mm_patch_merge_type=flags.mm_patch_merge_type,
+        image_grid_pinpoints=parse_grid_pinpoints(flags.image_grid_pinpoints),
         attn_implementation=flags.attn_implementation,
         trust_projector_code=flags.trust_projector_code,
     )

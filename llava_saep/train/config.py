@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from llava_saep.data.images import AspectRatio, GridPinpoints
+from llava_saep.model.anyres import PatchMergeType
 from projectors import ProjectorSelection
 
 TRAINABLE_PARTS = ("vision_tower", "projector", "language_model", "lora")
@@ -28,6 +30,9 @@ class ModelConfig:
         keeps_saved_projector: no flag names a projector, so that a saved model's own takes precedence.
         named_layers: `--mm_vision_select_layer`, also where the projector combines several and does not apply it.
         projector_weights: `--pretrain_mm_mlp_adapter`: stage 1's output, a file or its folder.
+        mm_patch_merge_type: how the crops of an image are put together; None: flat, or as a saved model does.
+        image_grid_pinpoints: sizes that an image may be brought to before it is cut; (): a saved model's, or
+            LLaVA-1.6's arrangements of the tower's input.
         attn_implementation: None lets transformers choose.
     """
 
@@ -37,6 +42,8 @@ class ModelConfig:
     keeps_saved_projector: bool = False
     named_layers: tuple[int, ...] = ()
     projector_weights: str | None = None
+    mm_patch_merge_type: PatchMergeType | None = None
+    image_grid_pinpoints: GridPinpoints = ()
     attn_implementation: str | None = None
     trust_projector_code: bool = False
 
@@ -52,7 +59,7 @@ class DataConfig:
 
     data_path: str
     image_folder: str | None
-    image_aspect_ratio: Literal["square", "pad"] = "square"
+    image_aspect_ratio: AspectRatio = "square"
     conversation_template: str = "v1"
     max_length: int = 512
     on_bad_sample: Literal["error", "skip"] = "error"

@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 
 from llava_saep.data.collator import ConversationCollator
 from llava_saep.data.dataset import ConversationDataset
+from llava_saep.data.images import ImageProcessor, default_grid_pinpoints, parse_grid_pinpoints, processed_image_size
 from llava_saep.data.templates import conversation_template
 from llava_saep.errors import UserError
 from llava_saep.model import LlavaSaepConfig, LlavaSaepProcessor
@@ -29,6 +30,7 @@ from llava_saep.model.loading import (
     make_config,
     read_config,
 )
+from llava_saep.model.parts import read_image_processor
 from llava_saep.model.projector_check import check_projector_weights
 from llava_saep.model.projector_selection import remember_selection, selection_from_config, trusting_projector_code
 from llava_saep.model.vision_tower import unused_tower_parameters
@@ -277,6 +279,7 @@ def _plan(config: RunConfig) -> tuple[LlavaSaepProcessor, LlavaSaepConfig]:
         vision_tower=model.vision_tower,
         projector=model.projector,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        **_crops(config, read_image_processor(model.vision_tower)),
     )
     processor = build_processor(
         language_model=model.language_model,
@@ -287,6 +290,17 @@ def _plan(config: RunConfig) -> tuple[LlavaSaepProcessor, LlavaSaepConfig]:
         conversation_template=config.data.conversation_template,
     )
     return processor, model_config
+
+
+def _crops(config: RunConfig, image_processor: ImageProcessor, saved: LlavaSaepConfig | None = None) -> dict[str, Any]:
+    """Say how images are cut and put together: as the flags do, else the saved model, else as LLaVA-1.6, flat."""
+    merge_type = "flat" if saved is None else saved.mm_patch_merge_type
+    pinpoints = () if saved is None else parse_grid_pinpoints(saved.image_grid_pinpoints)
+    if config.data.image_aspect_ratio == "anyres":
+        merge_type = config.model.mm_patch_merge_type or merge_type
+        pinpoints = config.model.image_grid_pinpoints or pinpoints
+        pinpoints = pinpoints or default_grid_pinpoints(processed_image_size(image_processor))
+    return {"mm_patch_merge_type": merge_type, "image_grid_pinpoints": pinpoints}
 
 
 def _plan_from_saved(config: RunConfig, base: LlavaSaepConfig) -> tuple[LlavaSaepProcessor, LlavaSaepConfig]:
@@ -303,6 +317,8 @@ def _plan_from_saved(config: RunConfig, base: LlavaSaepConfig) -> tuple[LlavaSae
         remember_selection(config.model.projector)
         planned.projector = config.model.projector.to_dict()
     saved = load_processor(config.model.language_model)
+    for name, value in _crops(config, saved.image_processor, base).items():
+        setattr(planned, name, value or None)
     processor = LlavaSaepProcessor.from_model_config(
         planned,
         image_processor=saved.image_processor,
@@ -366,6 +382,8 @@ def build_dataset(
         patch_size=model_config.vision_config.patch_size,
         image_token_id=model_config.image_token_id,
         max_length=config.max_length,
+        image_grid_pinpoints=parse_grid_pinpoints(model_config.image_grid_pinpoints),
+        num_anyres_tokens=model_config.image_tokens.num_tokens,
         on_bad_sample=config.on_bad_sample,
     )
 
@@ -393,6 +411,8 @@ def load_weights(model: ModelConfig, model_config: LlavaSaepConfig, arguments: T
         projector=selection_from_config(model_config.projector),
         image_token_id=model_config.image_token_id,
         projector_weights=model.projector_weights,
+        mm_patch_merge_type=model_config.mm_patch_merge_type,
+        image_grid_pinpoints=model_config.image_grid_pinpoints,
         dtype=dtype,
         attn_implementation=model.attn_implementation,
     )
@@ -449,6 +469,7 @@ def make_trainer(
         pad_token_id=processor.tokenizer.pad_token_id,
         image_size=dataset.image_size,
         max_length=config.data.max_length,
+        cuts_images=config.data.image_aspect_ratio == "anyres",
     )
     for target in (model.config.get_text_config(), model.generation_config):
         target.pad_token_id = processor.tokenizer.pad_token_id  # the Trainer would, with a warning

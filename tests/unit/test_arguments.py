@@ -99,12 +99,12 @@ def test_own_flags_change_only_on_purpose():
     """A frozen list: people's scripts depend on these names, so a new or missing one is a visible decision."""
     assert " ".join(own_flags()) == (
         "attn_implementation bits cache_dir data_path double_quant freeze_backbone freeze_mm_mlp_adapter "
-        "group_by_modality_length image_aspect_ratio image_folder is_multimodal lazy_preprocess lora_alpha lora_bias "
-        "lora_dropout lora_enable lora_r lora_weight_path mm_patch_merge_type mm_projector_lr mm_projector_options "
-        "mm_projector_type mm_use_im_patch_token mm_use_im_start_end mm_vision_select_feature mm_vision_select_layer "
-        "model_max_length model_name_or_path mpt_attn_impl on_bad_sample optim pretrain_mm_mlp_adapter quant_type "
-        "remove_unused_columns report_to resume trust_projector_code tune_mm_mlp_adapter unfreeze_mm_vision_tower "
-        "version vision_tower"
+        "group_by_modality_length image_aspect_ratio image_folder image_grid_pinpoints is_multimodal lazy_preprocess "
+        "lora_alpha lora_bias lora_dropout lora_enable lora_r lora_weight_path mm_patch_merge_type mm_projector_lr "
+        "mm_projector_options mm_projector_type mm_use_im_patch_token mm_use_im_start_end mm_vision_select_feature "
+        "mm_vision_select_layer model_max_length model_name_or_path mpt_attn_impl on_bad_sample optim "
+        "pretrain_mm_mlp_adapter quant_type remove_unused_columns report_to resume trust_projector_code "
+        "tune_mm_mlp_adapter unfreeze_mm_vision_tower version vision_tower"
     )
 
 
@@ -247,9 +247,10 @@ def test_no_projector_flag_keeps_the_one_of_a_saved_model():
         ("--tune_mm_mlp_adapter True --lora_enable True", "contradicts --lora_enable"),
         ("--freeze_backbone True --freeze_mm_mlp_adapter True", "nothing to train"),
         ("--freeze_mm_mlp_adapter True --mm_projector_lr 1e-3", "keeps the projector"),
-        ("--image_aspect_ratio anyres", "anyres is not supported yet"),
-        ("--image_aspect_ratio wide", "expected square or pad"),
-        ("--mm_patch_merge_type spatial_unpad", "only flat"),
+        ("--image_aspect_ratio wide", "expected square, pad, anyres"),
+        ("--mm_patch_merge_type spatial_unpad", "use --image_aspect_ratio anyres with it"),
+        ("--image_aspect_ratio anyres --mm_patch_merge_type unpad", "expected flat, spatial, spatial_unpad"),
+        ("--image_aspect_ratio anyres --image_grid_pinpoints 336", "expected pairs of width and height"),
         ("--mm_use_im_start_end True", "not supported"),
         ("--bits 4", "bitsandbytes is not installed"),
         ("--version vicuna", "unknown conversation template 'vicuna'"),
