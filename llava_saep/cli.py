@@ -29,6 +29,9 @@ COMMANDS = {
     "chat": Command("llava_saep.commands.chat", "talk in the terminal with any saved model about images"),
     "eval": Command("llava_saep.commands.evaluate", "answer a file of questions and score the answers"),
     "projectors": Command("llava_saep.commands.projectors", "list the projectors with their tokens and parameters"),
+    "convert": Command(
+        "llava_saep.commands.convert", "write a saved model in LLaVA's or llava-hf's format, or in ours; merge, extract"
+    ),
     "doctor": Command("llava_saep.commands.doctor", "look for what is known to go wrong with machine and installation"),
 }
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from llava_saep.errors import UserError
 from llava_saep.model.configuration_llava_saep import LlavaSaepConfig
@@ -103,9 +104,19 @@ def load_foreign_model(
     model = LlavaSaepForConditionalGeneration.from_pretrained(
         None, config=folder.config, state_dict=weights, dtype=dtype, **kwargs
     )
+    model.generation_config = _generation_config(folder) or model.generation_config
     if isinstance(folder, LlavaFolder) and folder.kind == "lora":
         return merge_llava_adapter(model, folder.path)
     return model
+
+
+def _generation_config(folder: LlavaFolder | HfFolder) -> GenerationConfig | None:
+    """How a folder's model, or the base of its projector or adapter, is to generate; not all say."""
+    base = getattr(folder, "base", None)
+    for path in (folder.path, Path(base) if base else folder.path):
+        if (path / "generation_config.json").is_file():
+            return GenerationConfig.from_pretrained(path)
+    return None
 
 
 def check_weights(config: LlavaSaepConfig, weights: dict[str, Tensor], source: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,10 @@ MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
 PROJECTOR_LAYERS = {"linear_1": "mlp.0", "linear_2": "mlp.2"}
 """transformers' names of the two layers -> ours."""
 
+PLACEHOLDER_ROWS = "num_placeholder_rows"
+"""A field of configs that were written here: rows of embedding and head that only make room for the placeholder."""
+
+_EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 _PROJECTOR_PREFIX = "model.multi_modal_projector."
 
 
@@ -96,6 +101,8 @@ def read_hf_weights(folder: HfFolder, dtype: torch.dtype) -> dict[str, Tensor]:
     weights = {own_name(name): tensor for name, tensor in model.state_dict().items()}
     if folder.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
+    for name in weights.keys() & set(_EMBEDDINGS):
+        weights[name] = weights[name][: folder.config.text_config.vocab_size]
     return weights
 
 
@@ -125,9 +132,11 @@ def _make_config(path: Path, hf: PreTrainedConfig, image_aspect_ratio: str) -> L
         text_hidden_size=hf.text_config.hidden_size,
         num_vision_layers=hf.vision_config.num_hidden_layers,
     )
+    text_config = copy.deepcopy(hf.text_config)
+    text_config.vocab_size -= getattr(hf, PLACEHOLDER_ROWS, 0)
     config = LlavaSaepConfig(
         vision_config=hf.vision_config,
-        text_config=hf.text_config,
+        text_config=text_config,
         projector=selection.completed(projector_config).to_dict(),
         image_token_index=hf.image_token_id,
         image_aspect_ratio=image_aspect_ratio,

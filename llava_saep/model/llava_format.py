@@ -137,6 +137,20 @@ def read_llava_weights(folder: LlavaFolder, dtype: torch.dtype) -> dict[str, Ten
     return {name: tensor.to(dtype) for name, tensor in weights.items()}
 
 
+def read_llava_projector(folder: LlavaFolder) -> dict[str, Tensor]:
+    """Read the projector's weights alone, and the newline token where there is one, under our model's names.
+
+    Raises:
+        UserError, ProjectorError: they are missing, misshapen or unknown.
+    """
+    if folder.kind == "full":
+        tensors = read_full_weights(folder.path)
+    else:
+        tensors = _extra_tensors(folder)
+    weights = _projector_weights(folder, tensors)
+    return weights | ({NEWLINE: tensors[NEWLINE]} if NEWLINE in tensors else {})
+
+
 def default_template(config: LlavaSaepConfig, tokenizer: Any) -> str:
     """The conversation template that belongs to a language model; LLaVA's and llava-hf's configs do not name it."""
     if config.text_config.model_type == "mistral":
@@ -243,7 +257,7 @@ def _make_config(
     projector: ProjectorSelection | None,
 ) -> LlavaSaepConfig:
     vision_config = read_vision_config(vision_tower)
-    selection = projector or _selection(fields, vision_config)
+    selection = projector or selection_from_fields(fields, vision_config)
     selection = selection.completed(
         selection.build_config(
             vision_hidden_size=vision_config.hidden_size,
@@ -285,7 +299,7 @@ def _text_config(path: Path, fields: Mapping[str, Any]) -> PreTrainedConfig:
         raise UserError(f"{path}/config.json is not a consistent config: {first_line(error)}") from error
 
 
-def _selection(fields: Mapping[str, Any], vision_config: PreTrainedConfig) -> ProjectorSelection:
+def selection_from_fields(fields: Mapping[str, Any], vision_config: PreTrainedConfig) -> ProjectorSelection:
     """The projector that a config.json names, reading the layer that it names where the projector reads one."""
     if "projector" in fields:
         return selection_from_config(fields["projector"])  # ours: LLaVA has no place for options
@@ -314,9 +328,7 @@ def _stored_tensors(folder: LlavaFolder, dtype: torch.dtype) -> dict[str, Tensor
     if folder.kind == "full":
         tensors = read_full_weights(folder.path)
     else:
-        extra = {}
-        for file in folder.extra_weights:
-            extra |= {_strip_peft(name): tensor for name, tensor in read_weights_file(file).items()}
+        extra = _extra_tensors(folder)
         base = _base_tensors(folder, dtype)
         if any(PROJECTOR_MARK in name for name in extra):
             base = {name: tensor for name, tensor in base.items() if PROJECTOR_MARK not in name}
@@ -329,6 +341,13 @@ def _stored_tensors(folder: LlavaFolder, dtype: torch.dtype) -> dict[str, Tensor
             f"{folder.path} holds {len(unknown)} weights that belong to no part of a LLaVA model, such as "
             f"{sorted(unknown)[0]!r}"
         )
+    return tensors
+
+
+def _extra_tensors(folder: LlavaFolder) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in folder.extra_weights:
+        tensors |= {_strip_peft(name): tensor for name, tensor in read_weights_file(file).items()}
     return tensors
 
 
@@ -436,6 +455,7 @@ def merge_llava_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel
     config = peft.LoraConfig.from_pretrained(str(folder))
     # The modules by their full names: a bare "q_proj" would also find those of tower and projector.
     config.target_modules = sorted({name.split(".lora_")[0] for name in weights if ".lora_" in name})
+    config.base_model_name_or_path = None
     config.layers_to_transform = config.layers_pattern = None
     config.rank_pattern = {_own_pattern(name): rank for name, rank in config.rank_pattern.items()}
     config.alpha_pattern = {_own_pattern(name): alpha for name, alpha in config.alpha_pattern.items()}

@@ -1,0 +1,130 @@
+"""A saved model of any format with its processor, in the precision in which it is stored."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llava_saep.errors import UserError
+from llava_saep.model.formats import Format, build_foreign_processor, detect_format, inspect_foreign_folder
+from llava_saep.model.llava_format import LlavaFolder
+from llava_saep.model.loading import inspect_folder, load_model, load_processor
+from llava_saep.model.modeling_llava_saep import LlavaSaepForConditionalGeneration
+from llava_saep.model.processing_llava_saep import LlavaSaepProcessor
+from llava_saep.model.projector_selection import trusting_projector_code
+from llava_saep.model.reading import find_full_weights, read_weights_file
+from projectors import ProjectorSelection
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a converter starts from."""
+
+    model: LlavaSaepForConditionalGeneration
+    processor: LlavaSaepProcessor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A folder, and what it does not say itself.
+
+    Attributes:
+        format: whose format it must have; None: whichever it has.
+        model_base, vision_tower, projector: in place of what the config of an original LLaVA folder says.
+        conversation_template: the template that the model was trained with, which foreign formats do not store.
+        dtype: of the weights; None: as they are stored.
+    """
+
+    folder: Path
+    format: Format | None = None
+    model_base: str | None = None
+    vision_tower: str | None = None
+    projector: ProjectorSelection | None = None
+    conversation_template: str | None = None
+    dtype: torch.dtype | None = None
+    trust_projector_code: bool = False
+
+    @property
+    def parts(self) -> dict:
+        """The arguments that `load_model` and `inspect_foreign_folder` share."""
+        return {"model_base": self.model_base, "vision_tower": self.vision_tower, "projector": self.projector}
+
+
+def check_format(source: Source) -> Format:
+    """Return whose format the folder has.
+
+    Raises:
+        UserError: none, or another than the one that was asked for.
+    """
+    found = detect_format(source.folder)
+    if source.format is not None and source.format != found:
+        raise UserError(f"{source.folder} is in the format {found!r}, not {source.format!r} as --from says")
+    return found
+
+
+def load_checkpoint(source: Source) -> Checkpoint:
+    """Load a model with its processor; adapters are merged in float32 and rounded once.
+
+    Raises:
+        UserError, ProjectorError: as `load_model` and `load_processor`.
+    """
+    found = check_format(source)
+    with trusting_projector_code(source.trust_projector_code):
+        if found == "own":
+            saved = inspect_folder(source.folder)
+            processor = load_processor(source.folder)
+            dtype = source.dtype or stored_dtype(source.folder if saved.kind == "full" else _base_of(saved.config))
+        else:
+            saved = inspect_foreign_folder(source.folder, **source.parts)
+            processor = build_foreign_processor(saved, conversation_template=source.conversation_template)
+            base = saved.base if isinstance(saved, LlavaFolder) and saved.base else source.folder
+            dtype = source.dtype or stored_dtype(base) or saved.config.dtype or torch.float32
+        merges = saved.kind == "lora"
+        model = load_model(source.folder, dtype=torch.float32 if merges else dtype, **source.parts)
+    if found == "own" and source.conversation_template not in (None, processor.conversation_template):
+        raise UserError(
+            f"{source.folder} says itself that its conversation template is {processor.conversation_template!r}"
+        )
+    model = model.to(dtype)
+    model.config.dtype = dtype
+    model.config.image_aspect_ratio = processor.image_aspect_ratio
+    return Checkpoint(model, processor)
+
+
+def _base_of(config) -> str:
+    return config.language_model_name_or_path or ""
+
+
+def stored_dtype(folder: str | Path) -> torch.dtype | None:
+    """Return the dtype of most of a model's values; None where the folder holds no whole model.
+
+    Several dtypes in one model become one, with a warning that names them.
+    """
+    counts: dict[torch.dtype, int] = {}
+    for file in find_full_weights(Path(folder)) if Path(folder).is_dir() else []:
+        for tensor in read_weights_file(file).values():
+            if tensor.is_floating_point():
+                counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
+    if not counts:
+        return None
+    most = max(counts, key=counts.__getitem__)
+    if len(counts) > 1:
+        others = ", ".join(str(dtype).removeprefix("torch.") for dtype in counts if dtype != most)
+        logger.warning("%s: weights in %s become %s like most; choose with --dtype", folder, others, most)
+    return most
+
+
+def untied_state_dict(model: LlavaSaepForConditionalGeneration) -> dict[str, Tensor]:
+    """Every weight once: without the head where it is the embedding."""
+    weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    return weights
