@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import BatchFeature, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from llava_saep.constants import DEFAULT_IMAGE_TOKEN
 from llava_saep.data.conversation import Turn
@@ -18,7 +18,7 @@ from llava_saep.data.tokenization import encode_prompt
 from llava_saep.errors import UserError
 from llava_saep.model.loading import inspect_folder, load_model, load_processor
 from llava_saep.model.modeling_llava_saep import LlavaSaepForConditionalGeneration
-from llava_saep.model.processing_llava_saep import LlavaSaepProcessor, pad_rows
+from llava_saep.model.processing_llava_saep import LlavaSaepProcessor, load_images, pad_rows
 
 Message = dict[str, Any]
 """`{"role": "system"|"user"|"assistant", "content": str | [{"type": "text", "text"} | {"type": "image", "image"}]}`."""
@@ -69,7 +69,7 @@ class _StopWhenSet(StoppingCriteria):
 @dataclass(frozen=True)
 class _Prompt:
     input_ids: list[int]
-    images: list[Image.Image | str | Path]
+    images: list[Image.Image]
 
 
 def _usable_device(device: str | torch.device) -> torch.device:
@@ -125,7 +125,7 @@ class Predictor:
 
     @property
     def num_image_tokens(self) -> int:
-        """Tokens of one image, as the processor prepares it."""
+        """Tokens of one image, as the processor prepares it; of one crop, where images are cut."""
         return self.processor.num_image_tokens(*processed_image_size(self.processor.image_processor))
 
     def generate(
@@ -183,11 +183,12 @@ class Predictor:
 
     def _prompt(self, messages: Sequence[Message]) -> _Prompt:
         """Render and tokenise one conversation."""
-        turns, images, system = parse_messages(messages)
+        turns, given_images, system = parse_messages(messages)
+        images = load_images(given_images)
         if not turns or turns[-1].role != "user":
             raise UserError("a conversation must end with a user's message, so that there is something to answer")
         segments = self.template.render(turns, add_generation_prompt=True, system=system)
-        counts = [self.num_image_tokens] * len(images)
+        counts = self.processor.count_tokens(images)
         input_ids = encode_prompt(segments, self.processor.tokenizer, counts, self.model.config.image_token_id)
         return _Prompt(input_ids, images)
 
@@ -203,8 +204,9 @@ class Predictor:
         inputs = dict(pad_rows([prompt.input_ids for prompt in prompts], pad_token_id, "left"))
         images = [image for prompt in prompts for image in prompt.images]
         if images:
-            inputs["pixel_values"] = self.processor.preprocess_images(images).to(self.model.dtype)
-        return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+            inputs |= self.processor.image_inputs(images)
+        # Floating-point values take the model's dtype too, those in lists included.
+        return dict(BatchFeature(inputs).to(self.model.device, self.model.dtype))
 
     def _decoding(self, options: GenerationOptions) -> dict[str, Any]:
         kwargs = options.to_generate_kwargs()

@@ -1,7 +1,8 @@
 """The training data set: records to token ids, labels and pixel values.
 
 Everything that can be wrong with a record and seen without opening its image is found when the data set is made;
-damaged images are found when they are read. Lengths never need an image, since every image has the same token count.
+damaged images are found when they are read. Lengths need no image, since every image has the same token count; where
+images are cut into crops, its size, which the head of the file tells.
 """
 
 import logging
@@ -19,11 +20,14 @@ from torch.utils.data import Dataset
 from llava_saep.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava_saep.data.conversation import Segment, segments_text
 from llava_saep.data.images import (
+    GridPinpoints,
     ImageProcessor,
+    ImageSize,
     check_aspect_ratio,
     load_image,
     preprocess_image,
     processed_image_size,
+    read_image_size,
 )
 from llava_saep.data.progress import show_progress
 from llava_saep.data.records import (
@@ -76,6 +80,8 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         patch_size: int,
         image_token_id: int,
         max_length: int,
+        image_grid_pinpoints: GridPinpoints = (),
+        num_anyres_tokens: Callable[[ImageSize, ImageSize], int] | None = None,
         on_bad_sample: OnBadSample = "error",
         use_im_start_end: bool = False,
     ) -> None:
@@ -86,6 +92,8 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
             num_image_tokens: tokens that the projector makes of a grid of patches.
             patch_size: side of the tower's patches in pixels.
             max_length: longest sample in tokens, images included; the rest is cut off on the right.
+            image_grid_pinpoints: with aspect ratio "anyres", what an image may be brought to before it is cut.
+            num_anyres_tokens: with "anyres", tokens of an image by its size and that of one crop.
             on_bad_sample: "error" raises at the first sample that cannot be used, "skip" goes on without it.
         Raises:
             UserError: the file cannot be read, an option is unknown, no sample can be used, or (with "error") a
@@ -101,6 +109,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.image_aspect_ratio = image_aspect_ratio
+        self.image_grid_pinpoints = image_grid_pinpoints
         self.template = template
         self.image_token_id = image_token_id
         self.max_length = max_length
@@ -108,6 +117,8 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         self.image_size = processed_image_size(image_processor)
         height, width = self.image_size
         self.num_tokens_per_image = num_image_tokens(PatchGrid(height // patch_size, width // patch_size))
+        self._num_anyres_tokens = num_anyres_tokens if image_aspect_ratio == "anyres" else None
+        self.max_tokens_per_image = self._max_tokens_per_image()
         # Shared memory, so that what worker processes skip is counted too.
         self._skip_counts = torch.zeros(len(CAUSES), dtype=torch.long).share_memory_()
         self._records = self._read_usable_records(use_im_start_end)
@@ -118,6 +129,9 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Return input_ids (T,), labels (T,) and, unless the sample is text only, pixel_values (images, 3, H, W).
+
+        With "anyres", pixel_values is a list with one (crops, 3, H, W) tensor per image, and image_sizes (images, 2)
+        tells their heights and widths.
 
         Raises:
             IndexError: `index` is outside the data set.
@@ -145,9 +159,11 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         encoded, num_images = self._encode(record)
         sample = {"input_ids": torch.tensor(encoded.input_ids), "labels": torch.tensor(encoded.labels)}
         if num_images:
-            sample["pixel_values"] = torch.stack(
-                [self._load_pixels(record, name) for name in record.images[:num_images]]
-            )
+            names = record.images[:num_images]
+            pixels = [self._load_pixels(record, name) for name in names]
+            sample["pixel_values"] = pixels if self._num_anyres_tokens else torch.stack(pixels)
+            if self._num_anyres_tokens:
+                sample["image_sizes"] = torch.tensor([self._read_size(record, name) for name in names])
         return sample
 
     @property
@@ -158,13 +174,13 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Tokens of each sample, cut to max_length. First use tokenises all texts; no image is opened."""
+        """Tokens of each sample, cut to max_length. First use tokenises all texts; no image is decoded."""
         lengths = []
         batches = list(_batches(self._records, 1_000))
         for batch in show_progress(batches, "Tokenising for lengths", "thousand samples"):
             texts = [segments_text(self.template.render(record.turns)) for record in batch]
             for record, num_text_tokens in zip(batch, count_text_tokens(texts, self.tokenizer), strict=True):
-                num_tokens = num_text_tokens + len(record.images) * self.num_tokens_per_image
+                num_tokens = num_text_tokens + self._num_image_tokens_for_length(record)
                 lengths.append(min(num_tokens, self.max_length))
         return lengths
 
@@ -249,7 +265,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         for segment in self.template.render(record.turns):
             text += segment.text
             if segment.is_target or DEFAULT_IMAGE_TOKEN in segment.text:
-                bound = 2 + len(text.encode()) + len(record.images) * (self.num_tokens_per_image + 2)
+                bound = 2 + len(text.encode()) + len(record.images) * (self.max_tokens_per_image + 2)
             if segment.is_target and text.count(DEFAULT_IMAGE_TOKEN) == len(record.images):
                 break
         return bound > self.max_length
@@ -261,7 +277,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
             BadSampleError: the cut goes through an image, or leaves nothing to learn.
         """
         segments: list[Segment] = self.template.render(record.turns)
-        counts = [self.num_tokens_per_image] * len(record.images)
+        counts = self._image_token_counts(record)
         encoded = encode_segments(segments, self.tokenizer, counts, self.image_token_id)
         num_tokens = len(encoded.input_ids)
         for start, end in encoded.image_spans:
@@ -284,9 +300,42 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
     def _load_pixels(self, record: Record, name: str) -> Tensor:
         try:
             image = load_image(os.path.join(self.image_folder, name))
-            return preprocess_image(image, self.image_processor, self.image_aspect_ratio)
+            return preprocess_image(image, self.image_processor, self.image_aspect_ratio, self.image_grid_pinpoints)
         except UserError as error:
             raise bad_sample(record.source, UNREADABLE_IMAGE, str(error)) from error
+
+    def _read_size(self, record: Record, name: str) -> ImageSize:
+        try:
+            return read_image_size(os.path.join(self.image_folder, name))
+        except UserError as error:
+            raise bad_sample(record.source, UNREADABLE_IMAGE, str(error)) from error
+
+    def _max_tokens_per_image(self) -> int:
+        """Return the most tokens of any image: one that fills a pinpoint leaves no margin to be cut off."""
+        if self._num_anyres_tokens is None:
+            return self.num_tokens_per_image
+        full = [ImageSize(height, width) for width, height in self.image_grid_pinpoints]
+        return max(self._num_anyres_tokens(size, self.image_size) for size in full)
+
+    def _num_image_tokens_for_length(self, record: Record) -> int:
+        """Count a record's image tokens; where an image is damaged, which reading the sample will report, as the most.
+
+        With "anyres" this reads the head of each image file.
+        """
+        try:
+            return sum(self._image_token_counts(record))
+        except BadSampleError:
+            return len(record.images) * self.max_tokens_per_image
+
+    def _image_token_counts(self, record: Record) -> list[int]:
+        """Count the tokens of a record's images.
+
+        Raises:
+            BadSampleError: the size of one cannot be read, where it matters.
+        """
+        if self._num_anyres_tokens is None:
+            return [self.num_tokens_per_image] * len(record.images)
+        return [self._num_anyres_tokens(self._read_size(record, name), self.image_size) for name in record.images]
 
     def _find_missing_images(self, records: Sequence[Record]) -> set[str]:
         """Return the image names of all records for which there is no file."""
