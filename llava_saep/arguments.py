@@ -23,7 +23,7 @@ import transformers
 from transformers import HfArgumentParser
 
 from llava_saep.data.images import AspectRatio, parse_grid_pinpoints
-from llava_saep.data.templates import TEMPLATE_NAMES, conversation_template
+from llava_saep.data.templates import TEMPLATE_NAMES, check_template_name
 from llava_saep.errors import UserError
 from llava_saep.model.anyres import PatchMergeType
 from llava_saep.train.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainablePart, TrainingConfig
@@ -480,7 +480,10 @@ def _template_name(version: str) -> str:
     """Return the template that `--version` trains with: LLaVA's v0 and v0.5 only change tokens, not the template."""
     if version in ("v0", "v0.5"):
         return "v1"
-    return conversation_template(version).name
+    try:
+        return check_template_name(version)
+    except UserError as error:
+        raise UserError(f"--version: {error}. (LLaVA trains unknown names as v1 without a word)") from error
 
 
 def _data_config(flags: argparse.Namespace) -> DataConfig:

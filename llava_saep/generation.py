@@ -13,7 +13,7 @@ from transformers import BatchFeature, StoppingCriteria, StoppingCriteriaList, T
 from llava_saep.constants import DEFAULT_IMAGE_TOKEN
 from llava_saep.data.conversation import Turn
 from llava_saep.data.images import processed_image_size
-from llava_saep.data.templates import ConversationTemplate, conversation_template
+from llava_saep.data.templates import AnyTemplate, conversation_template
 from llava_saep.data.tokenization import encode_prompt
 from llava_saep.errors import UserError
 from llava_saep.model.loading import inspect_folder, load_model, load_processor
@@ -96,7 +96,7 @@ class Predictor:
     def __init__(self, model: LlavaSaepForConditionalGeneration, processor: LlavaSaepProcessor):
         self.model = model.eval()
         self.processor = processor
-        self.template: ConversationTemplate = conversation_template(processor.conversation_template)
+        self.template: AnyTemplate = conversation_template(processor.conversation_template, processor.tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -187,9 +187,16 @@ class Predictor:
         images = load_images(given_images)
         if not turns or turns[-1].role != "user":
             raise UserError("a conversation must end with a user's message, so that there is something to answer")
+        marker = self.template.image_marker
+        turns = [turn._replace(text=turn.text.replace(DEFAULT_IMAGE_TOKEN, marker)) for turn in turns]
         segments = self.template.render(turns, add_generation_prompt=True, system=system)
-        counts = self.processor.count_tokens(images)
-        input_ids = encode_prompt(segments, self.processor.tokenizer, counts, self.model.config.image_token_id)
+        input_ids = encode_prompt(
+            segments,
+            self.processor.tokenizer,
+            self.processor.count_tokens(images),
+            self.model.config.image_token_id,
+            adds_bos=self.template.adds_bos,
+        )
         return _Prompt(input_ids, images)
 
     def _inputs(self, prompts: Sequence[_Prompt], options: GenerationOptions) -> dict[str, torch.Tensor]:

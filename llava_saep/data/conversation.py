@@ -9,6 +9,9 @@ from llava_saep.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, D
 
 Role = Literal["user", "assistant"]
 
+MMTAG_IMAGE_MARKER = f"<Image>{DEFAULT_IMAGE_TOKEN}</Image>"
+"""What LLaVA's mmtag templates write for an image."""
+
 
 class Turn(NamedTuple):
     """One message. `text` holds one "<image>" marker per image that it shows."""
@@ -34,7 +37,7 @@ def count_image_markers(turns: list[Turn] | tuple[Turn, ...]) -> int:
     return sum(turn.text.count(DEFAULT_IMAGE_TOKEN) for turn in turns)
 
 
-def place_image_markers(text: str, use_im_start_end: bool = False) -> str:
+def place_image_markers(text: str, use_im_start_end: bool = False, image_marker: str = DEFAULT_IMAGE_TOKEN) -> str:
     """Move a turn's single image marker to its front, as LLaVA does for training data.
 
     A lone marker becomes a leading "<image>\\n" and the rest is stripped (LLaVA, train.py preprocess_multimodal).
@@ -43,6 +46,7 @@ def place_image_markers(text: str, use_im_start_end: bool = False) -> str:
     Args:
         text: the text of one turn.
         use_im_start_end: wrap each marker as "<im_start><image><im_end>" (--mm_use_im_start_end).
+        image_marker: what the template writes for an image; holds "<image>".
     """
     num_markers = text.count(DEFAULT_IMAGE_TOKEN)
     if num_markers == 0:
@@ -50,7 +54,7 @@ def place_image_markers(text: str, use_im_start_end: bool = False) -> str:
     if num_markers == 1:
         rest = text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
         text = f"{DEFAULT_IMAGE_TOKEN}\n{rest}"
-    text = text.strip()
     if use_im_start_end:
-        text = text.replace(DEFAULT_IMAGE_TOKEN, DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN)
-    return text
+        wrapped = DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
+        image_marker = image_marker.replace(DEFAULT_IMAGE_TOKEN, wrapped)
+    return text.strip().replace(DEFAULT_IMAGE_TOKEN, image_marker)

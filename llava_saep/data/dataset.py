@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from llava_saep.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
-from llava_saep.data.conversation import Segment, segments_text
+from llava_saep.data.conversation import Segment, count_image_markers, segments_text
 from llava_saep.data.images import (
     GridPinpoints,
     ImageProcessor,
@@ -36,13 +36,14 @@ from llava_saep.data.records import (
     MISSING_IMAGE,
     NO_SUPERVISED_TOKEN,
     NOT_A_CAPTION,
+    REFUSED_BY_TEMPLATE,
     UNREADABLE_IMAGE,
     BadSampleError,
     Record,
     bad_sample,
     read_records,
 )
-from llava_saep.data.templates import ConversationTemplate
+from llava_saep.data.templates import AnyTemplate
 from llava_saep.data.tokenization import Encoded, Tokenizer, count_text_tokens, encode_segments
 from llava_saep.errors import UserError
 from projectors import PatchGrid
@@ -75,7 +76,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         tokenizer: Tokenizer,
         image_processor: ImageProcessor,
         image_aspect_ratio: str,
-        template: ConversationTemplate,
+        template: AnyTemplate,
         num_image_tokens: Callable[[PatchGrid], int],
         patch_size: int,
         image_token_id: int,
@@ -178,8 +179,11 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         lengths = []
         batches = list(_batches(self._records, 1_000))
         for batch in show_progress(batches, "Tokenising for lengths", "thousand samples"):
-            texts = [segments_text(self.template.render(record.turns)) for record in batch]
-            for record, num_text_tokens in zip(batch, count_text_tokens(texts, self.tokenizer), strict=True):
+            texts = [segments_text(self._render(record)) for record in batch]
+            counts = count_text_tokens(texts, self.tokenizer, adds_bos=self.template.adds_bos)
+            for record, text, num_text_tokens in zip(batch, texts, counts, strict=True):
+                if DEFAULT_IMAGE_TOKEN in text and not record.images:
+                    num_text_tokens = len(self._encode_whole(record).input_ids)  # there it is text
                 num_tokens = num_text_tokens + self._num_image_tokens_for_length(record)
                 lengths.append(min(num_tokens, self.max_length))
         return lengths
@@ -193,7 +197,13 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
     def _read_usable_records(self, use_im_start_end: bool) -> list[Record]:
         """Read the file and find every problem that shows without opening an image."""
         errors: list[BadSampleError] = []
-        records = read_records(self.data_path, use_im_start_end=use_im_start_end, on_bad_record=errors.append)
+        records = read_records(
+            self.data_path,
+            use_im_start_end=use_im_start_end,
+            image_marker=self.template.image_marker,
+            any_order=self.template.any_order,
+            on_bad_record=errors.append,
+        )
         if any(record.images for record in records) and not os.path.isdir(self.image_folder or "."):
             raise UserError(f"image folder {self.image_folder} does not exist; {self.data_path} names images in it")
         missing_images = self._find_missing_images(records)
@@ -240,12 +250,13 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
             if name in missing_images:
                 path = os.path.join(self.image_folder, name)
                 return bad_sample(record.source, MISSING_IMAGE, f"its image {path} does not exist")
-        if self.template.single_exchange and (len(record.turns) != 2 or not record.images):
+        num_markers = count_image_markers(record.turns[:1]) if record.images else 0
+        if self.template.single_exchange and (len(record.turns) != 2 or num_markers == 0):
             return bad_sample(
                 record.source,
                 NOT_A_CAPTION,
                 f"template {self.template.name!r} needs one turn with {DEFAULT_IMAGE_TOKEN} and one answer, it has "
-                f"{len(record.turns)} turns and {len(record.images)} images",
+                f"{len(record.turns)} turns and {num_markers} images in the first",
             )
         try:
             if self._may_lose_what_matters(record):
@@ -262,11 +273,11 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         """
         text = ""
         bound = 2
-        for segment in self.template.render(record.turns):
+        for segment in self._render(record):
             text += segment.text
             if segment.is_target or DEFAULT_IMAGE_TOKEN in segment.text:
                 bound = 2 + len(text.encode()) + len(record.images) * (self.max_tokens_per_image + 2)
-            if segment.is_target and text.count(DEFAULT_IMAGE_TOKEN) == len(record.images):
+            if segment.is_target and text.count(DEFAULT_IMAGE_TOKEN) >= len(record.images):
                 break
         return bound > self.max_length
 
@@ -276,9 +287,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         Raises:
             BadSampleError: the cut goes through an image, or leaves nothing to learn.
         """
-        segments: list[Segment] = self.template.render(record.turns)
-        counts = self._image_token_counts(record)
-        encoded = encode_segments(segments, self.tokenizer, counts, self.image_token_id)
+        encoded = self._encode_whole(record)
         num_tokens = len(encoded.input_ids)
         for start, end in encoded.image_spans:
             if start < self.max_length < end:
@@ -296,6 +305,23 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
                 f"has no token to learn among its first {self.max_length} of {num_tokens}; raise --model_max_length",
             )
         return encoded, sum(end <= self.max_length for _, end in encoded.image_spans)
+
+    def _encode_whole(self, record: Record) -> Encoded:
+        return encode_segments(
+            self._render(record),
+            self.tokenizer,
+            self._image_token_counts(record) if record.images else None,
+            self.image_token_id,
+            adds_bos=self.template.adds_bos,
+            labels_by_sentence=self.template.labels_by_sentence,
+        )
+
+    def _render(self, record: Record) -> list[Segment]:
+        """Render a record as training sees it; a template that refuses it makes it a bad sample."""
+        try:
+            return self.template.render_training(record.turns, record.system)
+        except UserError as error:
+            raise bad_sample(record.source, REFUSED_BY_TEMPLATE, str(error)) from error
 
     def _load_pixels(self, record: Record, name: str) -> Tensor:
         try:
@@ -401,8 +427,10 @@ def check_data(dataset: ConversationDataset) -> DataReport:
     return DataReport(num_usable, counts, examples)
 
 
-def _warn_about_foreign_end(template: ConversationTemplate, tokenizer: Tokenizer) -> None:
+def _warn_about_foreign_end(template: AnyTemplate, tokenizer: Tokenizer) -> None:
     """Warn when the end of an answer is no token of the vocabulary: the model then spells it out piece by piece."""
+    if template.labels_by_sentence:
+        return  # LLaVA's v0 ends an answer with "###" in any vocabulary
     for end in template.stop_strings:
         if end.strip() and len(tokenizer(end, add_special_tokens=False).input_ids) != 1:
             logger.warning(

@@ -1,25 +1,31 @@
 """LLaVA's conversation files: JSON lists (or one JSON object per line) of records, read and checked.
 
-A record is {"id", "image"?: file or list of files, "conversations": [{"from": "human"|"gpt", "value"}]}. What is wrong
-with a record is a BadSampleError that names file, index and id, so that a data set can stop at it or leave it out.
+A record is {"id", "image"?: file or list of files, "conversations": [{"from": "human"|"gpt", "value"}]}; the first turn
+may be from "system". What is wrong with a record is a BadSampleError that names file, index and id, so that a data set
+can stop at it or leave it out.
 """
 
 import json
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from llava_saep.constants import DEFAULT_IMAGE_TOKEN
 from llava_saep.data.conversation import Role, Turn, count_image_markers, place_image_markers
 from llava_saep.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant"}
+SYSTEM_ROLE = "system"
 
 MALFORMED = "malformed record"
 BAD_TURN_ORDER = "bad order of turns"
 EMPTY_ANSWER = "empty answer"
 MARKER_MISMATCH = "image markers do not match images"
 NOT_A_CAPTION = "not a caption"
+REFUSED_BY_TEMPLATE = "refused by the template"
 MISSING_IMAGE = "missing image"
 UNREADABLE_IMAGE = "unreadable image"
 IMAGE_CUT = "image cut by max_length"
@@ -31,6 +37,7 @@ CAUSES = (
     EMPTY_ANSWER,
     MARKER_MISMATCH,
     NOT_A_CAPTION,
+    REFUSED_BY_TEMPLATE,
     MISSING_IMAGE,
     UNREADABLE_IMAGE,
     IMAGE_CUT,
@@ -73,29 +80,37 @@ def bad_sample(source: SampleSource, cause: str, problem: str) -> BadSampleError
 
 
 class Record(NamedTuple):
-    """One usable conversation: a user turn first, roles alternating, no empty answer.
+    """One usable conversation: no empty answer, and unless the template takes any order, alternating from the user on.
 
     Attributes:
         turns: with each turn's lone image marker at its front.
-        images: paths relative to the image folder, in the order of the markers.
+        images: paths relative to the image folder, in the order of the markers. Without any, "<image>" in a turn is
+            text like any other, as in LLaVA.
+        system: what stands in place of the template's own system prompt.
+        lost_greeting: an answer before the first question was left out.
     """
 
     source: SampleSource
     turns: tuple[Turn, ...]
     images: tuple[str, ...]
+    system: str | None = None
+    lost_greeting: bool = False
 
 
 def read_records(
     path: str | os.PathLike[str],
     *,
     use_im_start_end: bool = False,
+    image_marker: str = DEFAULT_IMAGE_TOKEN,
+    any_order: bool = False,
     on_bad_record: Callable[[BadSampleError], None] | None = None,
 ) -> list[Record]:
-    """Read and check a conversation file.
+    """Read and check a conversation file; what LLaVA leaves out or takes for text is counted in a warning.
 
     Args:
         path: a JSON list, or with suffix .jsonl one JSON object per line.
         use_im_start_end: wrap image markers in "<im_start>" and "<im_end>".
+        image_marker, any_order: the template's.
         on_bad_record: called with what is wrong with a record, which is then left out; without it that is raised.
     Raises:
         UserError: the file is missing, not JSON (with line and column), not a list, or empty.
@@ -105,21 +120,48 @@ def read_records(
     raw_records = _read_json_lines(path) if path.endswith(".jsonl") else _read_json_list(path)
     if not raw_records:
         raise UserError(f"{path}: holds no records")
+    options = {"use_im_start_end": use_im_start_end, "image_marker": image_marker, "any_order": any_order}
     records = []
     for index, raw in enumerate(raw_records):
         try:
-            records.append(parse_record(raw, path, index, use_im_start_end=use_im_start_end))
+            records.append(parse_record(raw, path, index, **options))
         except BadSampleError as error:
             if on_bad_record is None:
                 raise
             on_bad_record(error)
+    _warn_about(
+        [record for record in records if record.lost_greeting],
+        f"%s: %d samples start with an answer, which is left out as in LLaVA; the first: {_SOURCE}",
+    )
+    _warn_about(
+        [record for record in records if not record.images and count_image_markers(record.turns)],
+        f"%s: %d samples have {DEFAULT_IMAGE_TOKEN} in their text but no 'image'; it is taken for text, as in LLaVA. "
+        f"Should an image be shown there, its file is missing from the record; the first: {_SOURCE}",
+    )
     return records
 
 
-def parse_record(raw: object, path: str, index: int, *, use_im_start_end: bool = False) -> Record:
+_SOURCE = "sample %d (id %r)"
+
+
+def _warn_about(records: Sequence[Record], message: str) -> None:
+    if records:
+        first = records[0].source
+        logger.warning(message, first.path, len(records), first.index, first.id)
+
+
+def parse_record(
+    raw: object,
+    path: str,
+    index: int,
+    *,
+    use_im_start_end: bool = False,
+    image_marker: str = DEFAULT_IMAGE_TOKEN,
+    any_order: bool = False,
+) -> Record:
     """Check one record of a conversation file and bring it into the form that templates take.
 
-    An answer before the first question is left out, as LLaVA does.
+    An answer before the first question is left out, as LLaVA does, unless the template takes any order.
 
     Raises:
         BadSampleError: a field is missing or of the wrong type, a role is unknown, turns do not alternate, an answer
@@ -129,14 +171,16 @@ def parse_record(raw: object, path: str, index: int, *, use_im_start_end: bool =
     if not isinstance(raw, dict):
         raise bad_sample(source, MALFORMED, f"is a {type(raw).__name__}, expected an object")
     images = _parse_images(raw.get("image"), source)
-    turns = _parse_turns(raw.get("conversations"), source)
-    if turns[0].role == "assistant":
-        turns = turns[1:]
-    _check_turn_order(turns, source)
-    _check_markers(turns, images, source)
+    system, turns = _parse_turns(raw.get("conversations"), source)
+    lost_greeting = not any_order and bool(turns) and turns[0].role == "assistant"
+    turns = turns[lost_greeting:]
+    _check_answers(turns, source)
+    if not any_order:
+        _check_turn_order(turns, source)
     if images:
-        turns = [Turn(turn.role, place_image_markers(turn.text, use_im_start_end)) for turn in turns]
-    return Record(source, tuple(turns), images)
+        _check_markers(turns, images, source)
+        turns = [Turn(turn.role, place_image_markers(turn.text, use_im_start_end, image_marker)) for turn in turns]
+    return Record(source, tuple(turns), images, system, lost_greeting)
 
 
 def _read_text(path: str) -> str:
@@ -185,7 +229,8 @@ def _parse_images(value: object, source: SampleSource) -> tuple[str, ...]:
     return tuple(images)
 
 
-def _parse_turns(value: object, source: SampleSource) -> list[Turn]:
+def _parse_turns(value: object, source: SampleSource) -> tuple[str | None, list[Turn]]:
+    """Return the text of a first turn from "system", if there is one, and the other turns."""
     if not isinstance(value, list) or not value:
         found = "is missing" if value is None else f"is {_shortened(value)}"
         raise bad_sample(
@@ -193,39 +238,47 @@ def _parse_turns(value: object, source: SampleSource) -> list[Turn]:
             MALFORMED,
             f"'conversations' {found}, expected a list of {{'from': 'human' or 'gpt', 'value': text}}",
         )
-    return [_parse_turn(turn, position, source) for position, turn in enumerate(value)]
+    for position, turn in enumerate(value):
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or "from" not in turn:
+            raise bad_sample(
+                source, MALFORMED, f"turn {position} is {_shortened(turn)}, expected {{'from': ..., 'value': text}}"
+            )
+    system = value[0]["value"] if value[0]["from"] == SYSTEM_ROLE else None
+    first = 0 if system is None else 1
+    return system, [
+        Turn(_role(turn["from"], position, source), turn["value"]) for position, turn in enumerate(value[first:], first)
+    ]
 
 
-def _parse_turn(turn: object, position: int, source: SampleSource) -> Turn:
-    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or "from" not in turn:
-        raise bad_sample(
-            source, MALFORMED, f"turn {position} is {_shortened(turn)}, expected {{'from': ..., 'value': text}}"
-        )
-    speaker = turn["from"]
+def _role(speaker: object, position: int, source: SampleSource) -> Role:
     role = ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
+        known = ", ".join(map(repr, ROLES))
+        hint = f"; only the first turn may be from {SYSTEM_ROLE!r}" if speaker == SYSTEM_ROLE else ""
+        raise bad_sample(source, MALFORMED, f"turn {position} is from {speaker!r}, expected one of {known}{hint}")
+    return role
+
+
+def _check_answers(turns: list[Turn], source: SampleSource) -> None:
+    answers = [turn.text for turn in turns if turn.role == "assistant"]
+    if not answers:
+        raise bad_sample(source, NO_SUPERVISED_TOKEN, "has no question with an answer; there is nothing to learn")
+    if "" in answers:
         raise bad_sample(
-            source, MALFORMED, f"turn {position} is from {speaker!r}, expected one of {', '.join(map(repr, ROLES))}"
+            source, EMPTY_ANSWER, f"its answer {answers.index('') + 1} is empty; there is nothing to learn"
         )
-    return Turn(role, turn["value"])
 
 
 def _check_turn_order(turns: list[Turn], source: SampleSource) -> None:
     for position, turn in enumerate(turns):
-        expected = "user" if position % 2 == 0 else "assistant"
-        if turn.role != expected:
+        if turn.role != ("user" if position % 2 == 0 else "assistant"):
             raise bad_sample(
                 source, BAD_TURN_ORDER, "two turns in a row are from the same side; 'human' and 'gpt' must alternate"
             )
-        if turn.role == "assistant" and not turn.text.strip():
-            raise bad_sample(
-                source, EMPTY_ANSWER, f"its answer {position // 2 + 1} is empty; there is nothing to learn"
-            )
-    if len(turns) < 2:
-        raise bad_sample(source, NO_SUPERVISED_TOKEN, "has no question with an answer; there is nothing to learn")
 
 
 def _check_markers(turns: list[Turn], images: tuple[str, ...], source: SampleSource) -> None:
+    """Every image needs its marker: LLaVA drops the second of two markers in a turn, and ignores an unmarked image."""
     num_markers = count_image_markers(turns)
     if num_markers != len(images):
         raise bad_sample(

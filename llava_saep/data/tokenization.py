@@ -6,10 +6,13 @@ Within a chunk the text of all segments is tokenised as a whole, and character o
 """
 
 import bisect
+import json
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
+from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers.pre_tokenizers import Metaspace
 
 from llava_saep.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
@@ -17,6 +20,9 @@ from llava_saep.data.conversation import Segment
 from llava_saep.errors import UserError
 
 Tokenizer = Any  # a transformers PreTrainedTokenizerBase with a tokenizers back end
+
+_BACKENDS_WITHOUT_MARKER: WeakKeyDictionary[Tokenizer, BackendTokenizer] = WeakKeyDictionary()
+"""Made when a text-only conversation mentions "<image>", which takes a moment for a large vocabulary."""
 
 
 class Encoded(NamedTuple):
@@ -34,7 +40,13 @@ class Encoded(NamedTuple):
 
 
 def encode_segments(
-    segments: Sequence[Segment], tokenizer: Tokenizer, image_token_counts: Sequence[int], image_token_id: int
+    segments: Sequence[Segment],
+    tokenizer: Tokenizer,
+    image_token_counts: Sequence[int] | None,
+    image_token_id: int,
+    *,
+    adds_bos: bool = True,
+    labels_by_sentence: bool = False,
 ) -> Encoded:
     """Tokenise a rendered conversation and mark what the model learns to write.
 
@@ -44,40 +56,69 @@ def encode_segments(
     Args:
         segments: what a template rendered, with one "<image>" marker per image.
         tokenizer: a fast tokenizer (character offsets are needed).
-        image_token_counts: tokens of each image, in the order of the markers.
+        image_token_counts: tokens of each image, in the order of the markers. None: there are no images, and
+            "<image>" is text like any other, also where it is a token of the vocabulary.
         image_token_id: the id that stands for image positions.
+        adds_bos: put the tokenizer's bos in front, if it has one.
+        labels_by_sentence: mark targets as `sentence_targets` says.
     Raises:
         UserError: the number of markers is not the number of images, or the tokenizer has no offsets.
     """
-    chunks = _split_at_images(segments)
-    if len(chunks) - 1 != len(image_token_counts):
-        raise UserError(
-            f"the text has {len(chunks) - 1} {DEFAULT_IMAGE_TOKEN} markers but {len(image_token_counts)} images"
-        )
-    input_ids = leading_special_ids(tokenizer)
-    labels = [IGNORE_INDEX] * len(input_ids)
-    image_spans = []
+    chunks = [list(segments)] if image_token_counts is None else _split_at_images(segments)
+    counts = image_token_counts or []
+    if len(chunks) - 1 != len(counts):
+        raise UserError(f"the text has {len(chunks) - 1} {DEFAULT_IMAGE_TOKEN} markers but {len(counts)} images")
+    ids: list[int | None] = [*leading_special_ids(tokenizer)] if adds_bos else []
+    is_target = [False] * len(ids)
     for position, chunk in enumerate(chunks):
         if position:
-            count = image_token_counts[position - 1]
-            image_spans.append((len(input_ids), len(input_ids) + count))
-            input_ids += [image_token_id] * count
-            labels += [IGNORE_INDEX] * count
-        chunk_ids, chunk_labels = _encode_chunk(chunk, tokenizer)
-        input_ids += chunk_ids
-        labels += chunk_labels
-    return Encoded(input_ids, labels, image_spans)
+            ids.append(None)  # an image
+            is_target.append(False)
+        chunk_ids, chunk_targets = _encode_chunk(chunk, tokenizer, has_markers=image_token_counts is not None)
+        ids += chunk_ids
+        is_target += chunk_targets
+    if labels_by_sentence:
+        lengths = [_length_alone(segment, tokenizer, image_token_counts is not None) for segment in segments[:-1]]
+        is_target = sentence_targets(lengths, [segment.is_target for segment in segments[:-1]], len(ids))
+    return _expanded(ids, is_target, counts, image_token_id)
+
+
+def sentence_targets(lengths: Sequence[int], is_answer: Sequence[bool], num_tokens: int) -> list[bool]:
+    """Return which tokens LLaVA's v0 procedure trains on (train.py, preprocess_v0 with _mask_targets).
+
+    It counts the tokens of each sentence alone, where every one starts with a bos that the conversation does not have,
+    so that its spans come a little later with each sentence; a question's first two tokens and the closing "### " are
+    targets as well. Released v0 models were trained this way, and nothing else should be.
+
+    Args:
+        lengths: tokens of the header and of each sentence alone, an image counting as one.
+        is_answer: for each of them, whether it is the assistant's.
+        num_tokens: of the whole conversation.
+    """
+    is_target = [True] * num_tokens
+    start, end = 0, lengths[0]
+    is_target[:end] = [False] * len(is_target[:end])
+    for length, answer in zip(lengths[1:], is_answer[1:], strict=True):
+        start, end = end, end + length
+        if not answer:
+            is_target[start + 2 : end] = [False] * len(is_target[start + 2 : end])
+    return is_target
 
 
 def encode_prompt(
-    prompt: str | Sequence[Segment], tokenizer: Tokenizer, image_token_counts: Sequence[int], image_token_id: int
+    prompt: str | Sequence[Segment],
+    tokenizer: Tokenizer,
+    image_token_counts: Sequence[int] | None,
+    image_token_id: int,
+    *,
+    adds_bos: bool = True,
 ) -> list[int]:
     """Tokenise a prompt for generation exactly as training tokenises the same text.
 
     Args and errors as in encode_segments; a string is taken as one segment.
     """
     segments = [Segment(prompt, False)] if isinstance(prompt, str) else prompt
-    return encode_segments(segments, tokenizer, image_token_counts, image_token_id).input_ids
+    return encode_segments(segments, tokenizer, image_token_counts, image_token_id, adds_bos=adds_bos).input_ids
 
 
 def leading_special_ids(tokenizer: Tokenizer) -> list[int]:
@@ -86,13 +127,16 @@ def leading_special_ids(tokenizer: Tokenizer) -> list[int]:
     return added[:1] if tokenizer.bos_token_id is not None and added[:1] == [tokenizer.bos_token_id] else []
 
 
-def count_text_tokens(texts: Sequence[str], tokenizer: Tokenizer) -> list[int]:
-    """Count the tokens of rendered conversations without those of their images, many at a time."""
+def count_text_tokens(texts: Sequence[str], tokenizer: Tokenizer, *, adds_bos: bool = True) -> list[int]:
+    """Count the tokens of rendered conversations without those of their images, many at a time.
+
+    Every "<image>" in them is an image; `adds_bos` as in encode_segments.
+    """
     chunks_of = [text.split(DEFAULT_IMAGE_TOKEN) for text in texts]
     spaced = [_insert_dummy_prefixes(chunk, tokenizer)[0] for chunks in chunks_of for chunk in chunks]
     encodings = tokenizer(spaced, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
     num_tokens = iter(len(ids) for ids in encodings)
-    num_leading = len(leading_special_ids(tokenizer))
+    num_leading = len(leading_special_ids(tokenizer)) if adds_bos else 0
     return [num_leading + sum(next(num_tokens) for _ in chunks) for chunks in chunks_of]
 
 
@@ -106,8 +150,32 @@ def _split_at_images(segments: Sequence[Segment]) -> list[list[Segment]]:
     return chunks
 
 
-def _encode_chunk(chunk: list[Segment], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Tokenise the text between two images as a whole -> (ids, labels)."""
+def _length_alone(segment: Segment, tokenizer: Tokenizer, has_markers: bool) -> int:
+    """Count the tokens of one segment alone, its bos included and an image as one."""
+    counts = [1] * segment.text.count(DEFAULT_IMAGE_TOKEN) if has_markers else None
+    return len(encode_segments([segment], tokenizer, counts, 0).input_ids)
+
+
+def _expanded(
+    ids: Sequence[int | None], is_target: Sequence[bool], counts: Sequence[int], image_token_id: int
+) -> Encoded:
+    """Put each image's run of placeholders where `ids` has None."""
+    encoded = Encoded([], [], [])
+    remaining = iter(counts)
+    for token_id, target in zip(ids, is_target, strict=True):
+        if token_id is not None:
+            encoded.input_ids.append(token_id)
+            encoded.labels.append(token_id if target else IGNORE_INDEX)
+            continue
+        start, count = len(encoded.input_ids), next(remaining)
+        encoded.input_ids.extend([image_token_id] * count)
+        encoded.labels.extend([IGNORE_INDEX] * count)
+        encoded.image_spans.append((start, start + count))
+    return encoded
+
+
+def _encode_chunk(chunk: list[Segment], tokenizer: Tokenizer, *, has_markers: bool) -> tuple[list[int], list[bool]]:
+    """Tokenise the text between two images as a whole -> (ids, whether each is a target)."""
     text = "".join(segment.text for segment in chunk)
     if not text:
         return [], []
@@ -116,16 +184,36 @@ def _encode_chunk(chunk: list[Segment], tokenizer: Tokenizer) -> tuple[list[int]
             f"the tokenizer {type(tokenizer).__name__} gives no character offsets, which labels are made from; "
             "use a checkpoint with a tokenizer.json, or convert its tokenizer to a fast one"
         )
-    spaced, insertions = _insert_dummy_prefixes(text, tokenizer)
-    encoding = tokenizer(spaced, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids = list(encoding.input_ids)
+    spaced, insertions = _insert_dummy_prefixes(text, tokenizer, has_markers)
+    if has_markers or DEFAULT_IMAGE_TOKEN not in text:
+        encoding = tokenizer(spaced, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids, offsets = list(encoding.input_ids), encoding.offset_mapping
+    else:
+        backend_encoding = _backend_without_marker(tokenizer).encode(spaced, add_special_tokens=False)
+        ids, offsets = list(backend_encoding.ids), backend_encoding.offsets
     bounds = _segment_ends(chunk)
-    labels = []
-    for token_id, (start, _) in zip(ids, encoding.offset_mapping, strict=True):
+    is_target = []
+    for start, _ in offsets:
         start -= bisect.bisect_left(insertions, start)  # back to positions of the text without inserted spaces
         segment = chunk[min(bisect.bisect_right(bounds, start), len(chunk) - 1)]
-        labels.append(token_id if segment.is_target else IGNORE_INDEX)
-    return ids, labels
+        is_target.append(segment.is_target)
+    return ids, is_target
+
+
+def _backend_without_marker(tokenizer: Tokenizer) -> BackendTokenizer:
+    """Return the tokenizer's back end with "<image>" not being a token, so that it is spelled out as text.
+
+    The token keeps its id and gets a content that no text has; leaving it out would renumber those after it.
+    """
+    backend = _BACKENDS_WITHOUT_MARKER.get(tokenizer)
+    if backend is None:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        for token in state["added_tokens"]:
+            if token["content"] == DEFAULT_IMAGE_TOKEN:
+                token["content"] = "\0" + DEFAULT_IMAGE_TOKEN + "\0"
+        state["truncation"] = state["padding"] = None  # a tokenizer remembers what it was last called with
+        backend = _BACKENDS_WITHOUT_MARKER[tokenizer] = BackendTokenizer.from_str(json.dumps(state))
+    return backend
 
 
 def _segment_ends(chunk: list[Segment]) -> list[int]:
@@ -138,7 +226,7 @@ def _segment_ends(chunk: list[Segment]) -> list[int]:
     return ends
 
 
-def _insert_dummy_prefixes(text: str, tokenizer: Tokenizer) -> tuple[str, list[int]]:
+def _insert_dummy_prefixes(text: str, tokenizer: Tokenizer, has_markers: bool = True) -> tuple[str, list[int]]:
     """Give a text that starts with a space the dummy prefix that SentencePiece would give it.
 
     SentencePiece puts a space before every text. The Metaspace pre-tokenizer that transformers 5 builds from a
@@ -154,7 +242,7 @@ def _insert_dummy_prefixes(text: str, tokenizer: Tokenizer) -> tuple[str, list[i
         return text, []
     starts = [0]
     if scheme == "always":
-        starts += [match.end() for match in _special_token_pattern(tokenizer).finditer(text)]
+        starts += [match.end() for match in _special_token_pattern(tokenizer, has_markers).finditer(text)]
     starts = [start for start in starts if text.startswith(" ", start)]
     pieces = [text[start:end] for start, end in zip([0, *starts], [*starts, len(text)], strict=True)]
     return " ".join(pieces), [start + position for position, start in enumerate(starts)]
@@ -167,7 +255,9 @@ def _dummy_prefix_scheme(tokenizer: Tokenizer) -> str:
     return pre_tokenizer.prepend_scheme if isinstance(pre_tokenizer, Metaspace) else "never"
 
 
-def _special_token_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
+def _special_token_pattern(tokenizer: Tokenizer, has_markers: bool) -> re.Pattern[str]:
     """Match any token that the tokenizer cuts out of the text before it looks at the rest, longest first."""
-    contents = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, contents)) if contents else r"(?!)")
+    contents = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    contents -= set() if has_markers else {DEFAULT_IMAGE_TOKEN}
+    alternatives = map(re.escape, sorted(contents, key=len, reverse=True))
+    return re.compile("|".join(alternatives) if contents else r"(?!)")

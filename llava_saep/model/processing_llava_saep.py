@@ -9,6 +9,7 @@ from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from llava_saep.constants import DEFAULT_IMAGE_TOKEN
+from llava_saep.data.chat_template import CHAT_TEMPLATE, check_has_template, taking_image_parts
 from llava_saep.data.images import ImageSize, load_image, parse_grid_pinpoints, preprocess_image, processed_image_size
 from llava_saep.data.templates import conversation_template
 from llava_saep.data.tokenization import encode_prompt
@@ -51,7 +52,8 @@ class LlavaSaepProcessor(ProcessorMixin):
         image_aspect_ratio: "square" (resize the short side, crop the centre), "pad" (pad to a square first) or "anyres"
             (cut into crops).
         mm_patch_merge_type, image_grid_pinpoints: how images are cut and put together, as in `LlavaSaepConfig`.
-        conversation_template: name in llava_saep.data.templates with which the model was trained.
+        conversation_template: name in llava_saep.data.templates with which the model was trained; with
+            "chat_template" the tokenizer's own serves the processor as well.
     """
 
     attributes = ["image_processor", "tokenizer"]
@@ -83,6 +85,9 @@ class LlavaSaepProcessor(ProcessorMixin):
         self.image_grid_pinpoints = image_grid_pinpoints
         self.image_token = DEFAULT_IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)
+        if conversation_template == CHAT_TEMPLATE:
+            check_has_template(tokenizer)
+            chat_template = chat_template or taking_image_parts(tokenizer.chat_template)
         chat_template = chat_template or CHAT_TEMPLATES.get(conversation_template)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
@@ -203,7 +208,8 @@ class LlavaSaepProcessor(ProcessorMixin):
         rows = []
         for prompt in texts:
             own, counts = counts[: prompt.count(DEFAULT_IMAGE_TOKEN)], counts[prompt.count(DEFAULT_IMAGE_TOKEN) :]
-            rows.append(encode_prompt(prompt, self.tokenizer, own, self.image_token_id))
+            adds_bos = self.conversation_template != CHAT_TEMPLATE  # which writes it where it wants one
+            rows.append(encode_prompt(prompt, self.tokenizer, own, self.image_token_id, adds_bos=adds_bos))
         data = {**pad_rows(rows, self.tokenizer.pad_token_id or 0, self.tokenizer.padding_side), **data}
         # Stacks of crops differ in number and stay a list.
         as_they_are = ["pixel_values"] if isinstance(data.get("pixel_values"), list) else None

@@ -377,7 +377,7 @@ def build_dataset(
         tokenizer=processor.tokenizer,
         image_processor=processor.image_processor,
         image_aspect_ratio=config.image_aspect_ratio,
-        template=conversation_template(config.conversation_template),
+        template=conversation_template(config.conversation_template, processor.tokenizer),
         num_image_tokens=model_config.num_image_tokens,
         patch_size=model_config.vision_config.patch_size,
         image_token_id=model_config.image_token_id,

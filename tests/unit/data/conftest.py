@@ -22,7 +22,7 @@ def read_golden(name):
 
 
 def _llama_tokenizer(**options):
-    return LlamaTokenizer.from_pretrained(GOLDEN / "tokenizer", **options)
+    return LlamaTokenizer.from_pretrained(GOLDEN / "tokenizers", **options)
 
 
 def _byte_level_tokenizer():

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from llava_saep.data.conversation import Turn
+from llava_saep.data.conversation import MMTAG_IMAGE_MARKER, Turn
 from llava_saep.data.records import BadSampleError, read_records
 from llava_saep.errors import UserError
 
@@ -41,10 +41,38 @@ def test_several_images_keep_their_order(tmp_path):
     assert read.turns[0].text == "<image>\n<image>\nCompare."
 
 
-def test_an_answer_before_the_first_question_is_left_out(tmp_path):
-    record = {"conversations": [ANSWER, QUESTION, ANSWER]}
+def test_an_answer_before_the_first_question_is_left_out_and_counted(tmp_path, caplog):
+    greeted = {"id": "g", "conversations": [ANSWER, QUESTION, ANSWER]}
+    path = _write(tmp_path / "data.json", [{"conversations": [QUESTION, ANSWER]}, greeted, greeted])
+    read = read_records(path)
+    assert [[turn.role for turn in record.turns] for record in read] == [["user", "assistant"]] * 3
+    assert f"{path}: 2 samples start with an answer, which is left out as in LLaVA; the first: sample 1" in caplog.text
+    read = read_records(path, any_order=True)
+    assert [turn.role for turn in read[1].turns] == ["assistant", "user", "assistant"]
+
+
+def test_a_marker_without_images_is_text_and_counted(tmp_path, caplog):
+    records = [{"id": "x", "conversations": [IMAGE_QUESTION, ANSWER]}, {"conversations": [QUESTION, ANSWER]}]
+    read = read_records(_write(tmp_path / "data.json", records), use_im_start_end=True, image_marker="<i><image></i>")
+    assert read[0].turns[0].text == IMAGE_QUESTION["value"]
+    assert "1 samples have <image> in their text but no 'image'" in caplog.text
+    assert "sample 0 (id 'x')" in caplog.text
+
+
+def test_a_first_turn_from_system_is_the_system_prompt(tmp_path):
+    record = {"conversations": [{"from": "system", "value": "Be brief."}, QUESTION, ANSWER]}
     (read,) = read_records(_write(tmp_path / "data.json", [record]))
-    assert [turn.role for turn in read.turns] == ["user", "assistant"]
+    assert read.system == "Be brief."
+    assert read.turns == (Turn("user", "What?"), Turn("assistant", "A cat."))
+
+
+def test_markers_are_written_as_the_template_does(tmp_path):
+    record = {"image": "a.png", "conversations": [IMAGE_QUESTION, ANSWER]}
+    path = _write(tmp_path / "data.json", [record])
+    (read,) = read_records(path, image_marker=MMTAG_IMAGE_MARKER)
+    assert read.turns[0].text == "<Image><image></Image>\nWhat?"
+    (read,) = read_records(path, image_marker=MMTAG_IMAGE_MARKER, use_im_start_end=True)
+    assert read.turns[0].text == "<Image><im_start><image><im_end></Image>\nWhat?"
 
 
 @pytest.mark.parametrize(
@@ -82,15 +110,23 @@ BAD_RECORDS = {
     "'conversations' is missing, expected a list": {"id": "x"},
     r"'conversations' is \[\], expected a list": {"id": "x", "conversations": []},
     r"turn 0 is \{'from': 'human'\}, expected \{'from'": {"id": "x", "conversations": [{"from": "human"}]},
-    "turn 0 is from 'system', expected one of 'human', 'gpt'": {
+    "turn 0 is from 'Human', expected one of 'human', 'gpt'": {
         "id": "x",
-        "conversations": [{"from": "system", "value": "Be brief."}],
+        "conversations": [{"from": "Human", "value": "What?"}, ANSWER],
+    },
+    "turn 1 is from 'system', expected one of 'human', 'gpt'; only the first turn may be from 'system'": {
+        "id": "x",
+        "conversations": [QUESTION, {"from": "system", "value": "Be brief."}, ANSWER],
     },
     r"'image' is \{'path': 'a.png'\}, expected a file name": {"id": "x", "image": {"path": "a.png"}},
     "two turns in a row are from the same side": {"id": "x", "conversations": [QUESTION, QUESTION, ANSWER]},
-    "its answer 1 is empty": {"id": "x", "conversations": [QUESTION, {"from": "gpt", "value": "  "}]},
+    "its answer 1 is empty": {"id": "x", "conversations": [QUESTION, {"from": "gpt", "value": ""}]},
     "has no question with an answer": {"id": "x", "conversations": [QUESTION]},
-    "hold 1 <image> markers, but 'image' names 0 images": {"id": "x", "conversations": [IMAGE_QUESTION, ANSWER]},
+    "hold 2 <image> markers, but 'image' names 1 images": {
+        "id": "x",
+        "image": "a.png",
+        "conversations": [IMAGE_QUESTION, ANSWER, IMAGE_QUESTION, ANSWER],
+    },
     "hold 0 <image> markers, but 'image' names 1 images": {
         "id": "x",
         "image": "a.png",

@@ -8,48 +8,6 @@ from llava_saep.data.conversation import Turn, place_image_markers, segments_tex
 from llava_saep.data.templates import TEMPLATE_NAMES, conversation_template
 from llava_saep.errors import UserError
 
-from .conftest import read_golden
-
-PROMPTS = read_golden("prompts.json")
-SCENARIOS = {scenario["name"]: scenario for scenario in PROMPTS["scenarios"]}
-
-# LLaVA closes turns by position, not by role, when turns do not alternate from the user on; we close them by role.
-NOT_ALTERNATING = {"starts_with_assistant", "two_users_in_a_row"}
-
-
-def _golden_cases():
-    for name in TEMPLATE_NAMES:
-        if name in ("plain", "v0_plain"):
-            continue  # LLaVA's prompt and training text differ; see test_plain_keeps_only_markers_and_captions
-        prompts = PROMPTS["prompts"][name]
-        prompts = PROMPTS["prompts"][prompts["alias_of"]] if "alias_of" in prompts else prompts
-        for scenario in SCENARIOS.keys() - NOT_ALTERNATING:
-            if "prompt" in prompts[scenario]:
-                yield pytest.param(name, SCENARIOS[scenario], prompts[scenario]["prompt"], id=f"{name}-{scenario}")
-
-
-def _turns(scenario):
-    """Turns of a scenario, and whether it ends with an open answer."""
-    turns = []
-    for message in scenario["messages"]:
-        if message["text"] is None:
-            return turns, True
-        text = place_image_markers(message["text"]) if message["tuple"] else message["text"]
-        turns.append(Turn(("user", "assistant")[message["role"]], text))
-    return turns, False
-
-
-@pytest.mark.parametrize(("name", "scenario", "expected"), list(_golden_cases()))
-def test_prompts_equal_llavas(name, scenario, expected):
-    turns, is_open = _turns(scenario)
-    segments = conversation_template(name).render(turns, add_generation_prompt=is_open, system=scenario["system"])
-    assert segments_text(segments) == expected
-
-
-def test_golden_cases_cover_every_chat_template():
-    names = {case.values[0] for case in _golden_cases()}
-    assert names == set(TEMPLATE_NAMES) - {"plain", "v0_plain"}
-
 
 def test_plain_keeps_only_markers_and_captions():
     segments = conversation_template("plain").render([Turn("user", "What? <image>"), Turn("assistant", "A cat.")])

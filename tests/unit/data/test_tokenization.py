@@ -1,91 +1,18 @@
 """Token ids and labels equal LLaVA's where LLaVA is right; elsewhere the answers, and only they, are targets."""
 
-import hashlib
-import json
 import random
 
 import pytest
 
 from llava_saep.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_saep.data.conversation import Segment, Turn, segments_text
-from llava_saep.data.records import BadSampleError, parse_record
 from llava_saep.data.templates import TEMPLATE_NAMES, conversation_template
 from llava_saep.data.tokenization import count_text_tokens, encode_prompt, encode_segments
 from llava_saep.errors import UserError
 
-from .conftest import GOLDEN, read_golden
+from .conftest import read_golden
 
 TOKENIZER_IDS = read_golden("tokenizer_ids.json")
-RECORDS = {record["id"]: record for record in read_golden("training_records.json")}
-CONFIGS_LINE, *LABEL_LINES = (GOLDEN / "training_labels.jsonl").read_text().splitlines()
-CONFIGS = {config["name"]: config for config in json.loads(CONFIGS_LINE)["configs"]}
-
-# Records that read_records refuses although LLaVA trains on them; see playground/data/README.md.
-REFUSED = {"two_images_one_turn", "text_only_token_literal", "whitespace_answer", "role_upper"}
-
-
-@pytest.mark.parametrize("name", TOKENIZER_IDS["tokenizers"])
-@pytest.mark.parametrize("position", range(len(TOKENIZER_IDS["strings"])))
-def test_ids_equal_llavas(tokenizers, name, position):
-    text = TOKENIZER_IDS["strings"][position]
-    if name == "yi_new" and text.startswith("<s><image>"):
-        pytest.skip("LLaVA takes the literal <s> for a bos that the tokenizer added, and drops a token of each chunk")
-    expected = TOKENIZER_IDS["tokenizers"][name]["image_token"][position]
-    counts = [1] * text.count("<image>")
-    assert encode_prompt(text, tokenizers[name], counts, IMAGE_TOKEN_INDEX) == expected
-
-
-def _label_cases():
-    for line in map(json.loads, LABEL_LINES):
-        if "error" not in line and line["record"] not in REFUSED:
-            yield pytest.param(line, id=f"{line['config']}-{line['record']}")
-
-
-def _encode_golden(line, tokenizers):
-    config = CONFIGS[line["config"]]
-    use_im_start_end = config["mm_use_im_start_end"]
-    tokenizer = tokenizers["im_start_end" if use_im_start_end else config["tokenizer"]]
-    record = parse_record(RECORDS[line["record"]], "records.json", 0, use_im_start_end=use_im_start_end)
-    segments = conversation_template(config["template"]).render(record.turns)
-    encoded = encode_segments(segments, tokenizer, [1] * len(record.images), IMAGE_TOKEN_INDEX)
-    if record.images:
-        return encoded.input_ids, encoded.labels
-    return encoded.input_ids[: config["model_max_length"]], encoded.labels[: config["model_max_length"]]
-
-
-@pytest.mark.parametrize("line", list(_label_cases()))
-def test_labels_equal_llavas(tokenizers, line):
-    try:
-        ids, labels = _encode_golden(line, tokenizers)
-    except BadSampleError:
-        assert not line["label_spans"]  # LLaVA masks the whole sample; we refuse it
-        return
-    if "input_ids" in line:
-        assert ids == line["input_ids"]
-    else:
-        assert hashlib.sha256(json.dumps(ids).encode()).hexdigest() == line["sha256"]
-    if line["mismatch"] and not line.get("derived"):
-        return  # LLaVA masks the whole sample; see test_answers_that_llava_masks_are_targets
-    expected = [IGNORE_INDEX] * len(ids)
-    for start, end in line["label_spans"]:
-        expected[start:end] = [IGNORE_INDEX if ids[at] == IMAGE_TOKEN_INDEX else ids[at] for at in range(start, end)]
-    assert labels == expected
-
-
-@pytest.mark.parametrize(
-    ("record", "answers"),
-    [
-        ("answer_with_roles", "USER: hi ASSISTANT: there</s>"),
-        ("literal_bos_unk", "<unk> and <s> again</s>"),
-        ("ends_with_human", "Red.</s>"),
-    ],
-)
-def test_answers_that_llava_masks_are_targets(tokenizers, record, answers):
-    line = {"config": "v1/new", "record": record}
-    _, labels = _encode_golden(line, tokenizers)
-    targets = [label for label in labels if label != IGNORE_INDEX]
-
-    assert tokenizers["llama_new"].decode(targets) == answers
 
 
 def _random_text(rng):

@@ -1,0 +1,45 @@
+"""Where the reference data of the original LLaVA lie, and the tokenizers that they were made with."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+
+REFERENCE_FOLDER = Path(os.environ.get("LLAVA_SAEP_GOLDEN") or Path(__file__).parents[1] / "golden") / "llava"
+
+
+def read_json(name: str) -> Any:
+    return json.loads((REFERENCE_FOLDER / name).read_text(encoding="utf-8"))
+
+
+def read_json_lines(name: str) -> list[Any]:
+    return [json.loads(line) for line in (REFERENCE_FOLDER / name).read_text(encoding="utf-8").splitlines()]
+
+
+@functools.cache
+def tokenizer(name: str) -> Any:
+    """One of the reference's variants; what they are stands in tokenizer_ids.json under "description"."""
+    family, _, variant = name.partition("_")
+    folder = REFERENCE_FOLDER / "tokenizers"
+    if name == "mpt_like":
+        return PreTrainedTokenizerFast.from_pretrained(folder / name)
+    if family == "yi":
+        options = {"add_bos_token": False, "additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}
+    elif family == "llama":
+        options = {"add_bos_token": True}
+    else:
+        raise KeyError(f"{name}: no tokenizer of this name is known; tell here how it is made")
+    variant, _, extra = variant.partition("_")
+    made = LlamaTokenizer.from_pretrained(folder, legacy={"legacy": True, "new": False}[variant], **options)
+    if extra == "pad":
+        made.add_special_tokens({"pad_token": "[PAD]"})
+    elif extra == "im_start_end":
+        made.add_tokens(["<im_start>", "<im_end>"], special_tokens=True)
+    elif extra:
+        raise KeyError(f"{name}: {extra!r} is not known; tell here how it is made")
+    return made
