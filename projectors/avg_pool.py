@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -15,7 +14,7 @@ from ._base import PatchGrid, Projector, ProjectorConfig, refuse_small_grid
 from ._errors import ProjectorError
 from ._options import option
 from ._registry import register_projector
-from .layers import build_mlp, map_to_tokens, reset_module, tokens_to_map
+from .layers import build_mlp, concatenate_layers, map_to_tokens, reset_module, tokens_to_map
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +70,7 @@ class AvgPoolProjector(Projector):
     def forward(self, features: Sequence[Tensor], grid: PatchGrid) -> Tensor:
         self.check_features(features, grid)
         refuse_small_grid(grid, self.config.num_queries)
-        feature_map = tokens_to_map(torch.cat(tuple(features), dim=2), grid)
+        feature_map = tokens_to_map(concatenate_layers(features), grid)
         side = math.isqrt(self.config.num_queries)
         return self.mlp(map_to_tokens(functional.adaptive_avg_pool2d(feature_map, (side, side))))
 

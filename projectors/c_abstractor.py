@@ -23,6 +23,8 @@ from .layers import (
     LayerNorm2d,
     SqueezeExcite,
     build_mlp,
+    concatenate_layers,
+    learned_tokens,
     map_to_tokens,
     reset_module,
     reset_module_normal,
@@ -157,8 +159,8 @@ class CAbstractor(Projector):
         super().__init__(config)
         channels, depth = config.fused_hidden_size, config.depth
         num_positions = PatchGrid(*config.position_grid).num_patches
-        self.eos_tokens = _optional_parameter(config.num_eos_tokens, config.text_hidden_size)
-        self.pos_emb = _optional_parameter(num_positions if config.use_position_embedding else 0, channels)
+        self.eos_tokens = learned_tokens(config.num_eos_tokens, config.text_hidden_size)
+        self.pos_emb = learned_tokens(num_positions if config.use_position_embedding else 0, channels)
         self.prenorm = nn.LayerNorm(channels, eps=_PRENORM_EPS) if config.prenorm else nn.Identity()
         side = math.isqrt(config.num_queries)
         sampler = nn.AdaptiveAvgPool2d((side, side))
@@ -181,7 +183,7 @@ class CAbstractor(Projector):
     def forward(self, features: Sequence[Tensor], grid: PatchGrid) -> Tensor:
         self.check_features(features, grid)
         refuse_small_grid(grid, self.config.num_queries)
-        tokens = self.prenorm(torch.cat(tuple(features), dim=2))
+        tokens = self.prenorm(concatenate_layers(features))
         if self.pos_emb is not None:
             positions = resize_positions(self.pos_emb, PatchGrid(*self.config.position_grid), grid)
             tokens = tokens + positions.to(tokens.dtype)
@@ -197,7 +199,3 @@ class CAbstractor(Projector):
         if positions is not None and self.pos_emb is not None and positions.shape[1] == self.pos_emb.shape[1] + 1:
             converted["pos_emb"] = positions[:, 1:]
         return converted
-
-
-def _optional_parameter(num_tokens: int, channels: int) -> nn.Parameter | None:
-    return nn.Parameter(torch.empty(1, num_tokens, channels)) if num_tokens else None

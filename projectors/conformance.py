@@ -274,6 +274,17 @@ def _check_token_formula_tells_the_token_count(subject: _Subject) -> None:
 
 
 @_check
+def _check_token_grid_holds_all_tokens(subject: _Subject) -> None:
+    """Where the output tokens form a map, it has exactly as many places as there are tokens."""
+    for grid in filter(lambda grid: _takes(subject.config, grid), (*_GRIDS, _LARGE_GRID)):
+        token_grid, num_tokens = subject.config.token_grid(grid), subject.config.num_output_tokens(grid)
+        _require(
+            token_grid is None or token_grid.num_patches == num_tokens,
+            f"on a {grid} grid token_grid is {token_grid}, num_output_tokens says {num_tokens}",
+        )
+
+
+@_check
 def _check_importing_needs_nothing_optional(subject: _Subject) -> None:
     """Read from the source: what the module imports when it is imported."""
     source = inspect.getsource(sys.modules[subject.spec.module_class.__module__])

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ._base import PatchGrid, Projector
 from ._registry import register_projector
 from ._windows import WindowedProjectorConfig
-from .layers import fold_windows, pad_to_windows, reset_module
+from .layers import concatenate_layers, fold_windows, pad_to_windows, reset_module
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,5 +64,5 @@ class ConvPool(Projector):
     def forward(self, features: Sequence[Tensor], grid: PatchGrid) -> Tensor:
         self.check_features(features, grid)
         padded_grid = self.config.padded_grid(grid)
-        tokens = pad_to_windows(torch.cat(tuple(features), dim=2), grid, self.config.factor)
+        tokens = pad_to_windows(concatenate_layers(features), grid, self.config.factor)
         return self.proj(self.conv_pool(tokens, padded_grid))

@@ -20,6 +20,9 @@ from ._options import option
 from ._registry import register_projector
 from .layers import (
     DeformableAttention,
+    concatenate_layers,
+    copy_,
+    learned_tokens,
     map_to_tokens,
     normal_,
     reset_module_normal,
@@ -27,7 +30,6 @@ from .layers import (
     tokens_to_map,
     trunc_normal_,
 )
-from .layers.initialization import may_initialize
 
 _QUERY_STD = 0.02
 
@@ -172,12 +174,12 @@ class DAbstractor(Projector):
         num_positions = PatchGrid(*config.position_grid).num_patches if config.use_position_embedding else 0
         # A list, because the original has one projection per scale; without one the features pass.
         self.input_proj = nn.Sequential(*([nn.Linear(channels, width)] if channels != width else []))
-        self.v_pos_emb = _optional_parameter(num_positions, width)
+        self.v_pos_emb = learned_tokens(num_positions, width)
         self.reference_points = nn.Parameter(torch.empty(1, config.num_queries, 2))
         query_width = 2 * width if config.pooled_queries == "none" else width
         self.query_position_embeddings = nn.Embedding(config.num_queries, query_width)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.depth))
-        self.eos_tokens = _optional_parameter(config.num_eos_tokens, width)
+        self.eos_tokens = learned_tokens(config.num_eos_tokens, width)
         is_widening = width != config.text_hidden_size
         self.output_proj = nn.Linear(width, config.text_hidden_size) if is_widening else nn.Identity()
         self.reset_parameters()
@@ -188,10 +190,7 @@ class DAbstractor(Projector):
         normal_(self.query_position_embeddings.weight, _QUERY_STD)
         trunc_normal_(self.v_pos_emb)
         trunc_normal_(self.eos_tokens)
-        if may_initialize(self.reference_points):
-            points = spread_points(self.config.query_grid, PatchGrid(*self.config.position_grid))
-            with torch.no_grad():
-                self.reference_points.copy_(points)
+        copy_(self.reference_points, spread_points(self.config.query_grid, PatchGrid(*self.config.position_grid)))
         if self.config.init == "ring":
             for layer in self.layers:
                 layer.encoder_attn.reset_offsets_to_rings()
@@ -199,7 +198,7 @@ class DAbstractor(Projector):
     def forward(self, features: Sequence[Tensor], grid: PatchGrid) -> Tensor:
         self.check_features(features, grid)
         self.config.check_grid(grid)
-        tokens = self.input_proj(torch.cat(tuple(features), dim=2))
+        tokens = self.input_proj(concatenate_layers(features))
         if self.v_pos_emb is not None:
             positions = resize_positions(self.v_pos_emb, PatchGrid(*self.config.position_grid), grid)
             tokens = tokens + positions.to(tokens.dtype)
@@ -233,7 +232,3 @@ def spread_points(query_grid: PatchGrid, grid: PatchGrid) -> Tensor:
     )
     y, x = torch.meshgrid(rows, columns, indexing="ij")
     return torch.stack([x.flatten(), y.flatten()], dim=1)[None]
-
-
-def _optional_parameter(num_tokens: int, channels: int) -> nn.Parameter | None:
-    return nn.Parameter(torch.empty(1, num_tokens, channels)) if num_tokens else None

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ._base import PatchGrid, Projector, ProjectorConfig
 from ._errors import ProjectorError
 from ._registry import register_projector
+from .layers import concatenate_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,4 +54,4 @@ class IdentityProjector(Projector):
 
     def forward(self, features: Sequence[Tensor], grid: PatchGrid) -> Tensor:
         self.check_features(features, grid)
-        return torch.cat(tuple(features), dim=2)
+        return concatenate_layers(features)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -18,6 +17,7 @@ from .layers import (
     PointwiseConv2d,
     SqueezeExcite,
     build_mlp,
+    concatenate_layers,
     map_to_tokens,
     reset_module,
     tokens_to_map,
@@ -117,7 +117,7 @@ class LDP(Projector):
 
     def forward(self, features: Sequence[Tensor], grid: PatchGrid) -> Tensor:
         self.check_features(features, grid)
-        tokens = self.mlp(torch.cat(tuple(features), dim=2))
+        tokens = self.mlp(concatenate_layers(features))
         return map_to_tokens(self.blocks(tokens_to_map(tokens, grid)))
 
     def convert_original_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -13,7 +12,7 @@ from ._base import PatchGrid, Projector, ProjectorConfig, refuse_small_grid
 from ._keys import exchange_prefixes
 from ._options import option
 from ._registry import register_projector
-from .layers import DepthwiseConv2d, build_mlp, map_to_tokens, reset_module, tokens_to_map
+from .layers import DepthwiseConv2d, build_mlp, concatenate_layers, map_to_tokens, reset_module, tokens_to_map
 
 _ORIGINAL_PREFIXES = {"mlp.": "mlp.mlp.", "peg.": "peg.peg.0."}
 
@@ -89,7 +88,7 @@ class LDPv2(Projector):
     def forward(self, features: Sequence[Tensor], grid: PatchGrid) -> Tensor:
         self.check_features(features, grid)
         first_linear, activation, last_linear = self.mlp
-        hidden = activation(first_linear(torch.cat(tuple(features), dim=2)))
+        hidden = activation(first_linear(concatenate_layers(features)))
         pooled_grid = self.config.pooled_grid(grid)
         pooled = map_to_tokens(average_to_grid(tokens_to_map(hidden, grid), pooled_grid))
         feature_map = tokens_to_map(last_linear(pooled), pooled_grid)

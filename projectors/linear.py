@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from ._base import PatchGrid, Projector, ProjectorConfig
 from ._registry import register_projector
-from .layers import reset_module
+from .layers import concatenate_layers, reset_module
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +51,7 @@ class LinearProjector(Projector):
 
     def forward(self, features: Sequence[Tensor], grid: PatchGrid) -> Tensor:
         self.check_features(features, grid)
-        return self.linear(torch.cat(tuple(features), dim=2))
+        return self.linear(concatenate_layers(features))
 
     def convert_original_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """LLaVA keeps a bare Linear: `weight`, `bias`."""

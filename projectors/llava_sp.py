@@ -19,7 +19,7 @@ from ._errors import ProjectorError
 from ._keys import rename_modules
 from ._options import option
 from ._registry import ProjectorPreset, register_projector
-from .layers import build_mlp, reset_module, tokens_to_map
+from .layers import build_mlp, concatenate_layers, reset_module, tokens_to_map
 
 _ORIGINAL_PARTS = ("mm_projector.", "conv_", "query_projector.", "key_projector.", "value_projector.")
 
@@ -167,7 +167,7 @@ class LLaVASP(Projector):
     def forward(self, features: Sequence[Tensor], grid: PatchGrid) -> Tensor:
         self.check_features(features, grid)
         self.config.check_grid(grid)
-        tokens = torch.cat(tuple(features), dim=2)
+        tokens = concatenate_layers(features)
         feature_map = tokens_to_map(tokens, grid)
         spatial_tokens = torch.stack([self._spatial_token(feature_map, size) for size in self.config.kernel_sizes], 1)
         if self.detail is not None:

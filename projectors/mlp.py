@@ -9,14 +9,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from ._base import PatchGrid, Projector, ProjectorConfig
 from ._errors import ProjectorError
 from ._options import option
 from ._registry import register_projector
-from .layers import build_mlp, reset_module
+from .layers import build_mlp, concatenate_layers, reset_module
 
 _HF_LAYER_NAMES = {"0": "linear_1", "2": "linear_2"}
 
@@ -106,7 +105,7 @@ class MLPProjector(Projector):
 
     def forward(self, features: Sequence[Tensor], grid: PatchGrid) -> Tensor:
         self.check_features(features, grid)
-        return self.mlp(torch.cat(tuple(features), dim=2))
+        return self.mlp(concatenate_layers(features))
 
     def convert_original_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """LLaVA's `0.weight` and transformers' `linear_1.weight` both become `mlp.0.weight`."""

@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from ._base import PatchGrid, Projector
 from ._options import option
 from ._registry import ProjectorPreset, register_projector
 from ._windows import WindowedProjectorConfig
-from .layers import fold_windows, ones_, pad_to_windows, reset_module
+from .layers import concatenate_layers, fold_windows, ones_, pad_to_windows, reset_module
 
 _NORM_EPS = 1e-6
 _NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
@@ -71,5 +70,5 @@ class PatchMerger(Projector):
     def forward(self, features: Sequence[Tensor], grid: PatchGrid) -> Tensor:
         self.check_features(features, grid)
         padded_grid, factor = self.config.padded_grid(grid), self.config.factor
-        tokens = pad_to_windows(self.ln_q(torch.cat(tuple(features), dim=2)), grid, factor)
+        tokens = pad_to_windows(self.ln_q(concatenate_layers(features)), grid, factor)
         return self.mlp(fold_windows(tokens, padded_grid, factor))

@@ -19,7 +19,7 @@ from ._errors import ProjectorError
 from ._keys import exchange_prefixes, rename_modules
 from ._options import option
 from ._registry import ProjectorPreset, register_projector
-from .layers import build_mlp, normal_, reset_module
+from .layers import build_mlp, concatenate_layers, normal_, reset_module
 
 _LATENT_STD = 1.0
 _RESAMPLER, _READOUT = "vision_resampler.perceiver.", "mm_projector"
@@ -160,7 +160,7 @@ class PerceiverResampler(Projector):
 
     def forward(self, features: Sequence[Tensor], grid: PatchGrid) -> Tensor:
         self.check_features(features, grid)
-        media = self.linear(torch.cat(tuple(features), dim=2))
+        media = self.linear(concatenate_layers(features))
         latents = self.latents.expand(media.shape[0], -1, -1)
         for attention, feed_forward in self.layers:
             latents = latents + attention(latents, media)

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from ._base import PatchGrid, Projector
@@ -18,7 +17,7 @@ from ._keys import rename_modules
 from ._options import option
 from ._registry import ProjectorPreset, register_projector
 from ._windows import WindowedProjectorConfig
-from .layers import fold_windows, pad_to_windows, reset_module, reset_module_normal
+from .layers import concatenate_layers, fold_windows, pad_to_windows, reset_module, reset_module_normal
 
 _NORM_EPS = 1e-5
 _ONE_LINEAR = {"norm": False, "readout_depth": 1, "readout_bias": False}
@@ -93,7 +92,7 @@ class PixelShuffle(Projector):
     def forward(self, features: Sequence[Tensor], grid: PatchGrid) -> Tensor:
         self.check_features(features, grid)
         padded_grid, factor = self.config.padded_grid(grid), self.config.factor
-        tokens = pad_to_windows(torch.cat(tuple(features), dim=2), grid, factor)
+        tokens = pad_to_windows(concatenate_layers(features), grid, factor)
         windows = fold_windows(tokens, padded_grid, factor, column_major=self.config.token_order == "column")
         return self.readout(self.norm(windows))
 

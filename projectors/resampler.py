@@ -18,7 +18,15 @@ from ._base import PatchGrid, Projector, ProjectorConfig, refuse_small_grid
 from ._errors import ProjectorError
 from ._options import option
 from ._registry import register_projector
-from .layers import normal_, reset_module_normal, resize_positions, trunc_normal_, zeros_
+from .layers import (
+    concatenate_layers,
+    learned_tokens,
+    normal_,
+    reset_module_normal,
+    resize_positions,
+    trunc_normal_,
+    zeros_,
+)
 
 _NORM_EPS, _INNER_NORM_EPS = 1e-5, 1e-6
 _QUERY_STD = 0.02
@@ -180,8 +188,8 @@ class Resampler(Projector):
         super().__init__(config)
         num_positions = PatchGrid(*config.position_grid).num_patches if config.use_position_embedding else 0
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_queries, config.hidden_size))
-        self.vit_eos = _optional_parameter(config.num_eos_tokens, config.text_hidden_size)
-        self.pos_emb = _optional_parameter(num_positions, config.fused_hidden_size)
+        self.vit_eos = learned_tokens(config.num_eos_tokens, config.text_hidden_size)
+        self.pos_emb = learned_tokens(num_positions, config.fused_hidden_size)
         self.visual_input_fc = nn.Linear(config.fused_hidden_size, config.hidden_size)
         self.encoder = ResamplerEncoder(config)
         self.visual_output_fc = nn.Linear(config.hidden_size, config.text_hidden_size)
@@ -202,7 +210,7 @@ class Resampler(Projector):
 
     def forward(self, features: Sequence[Tensor], grid: PatchGrid) -> Tensor:
         self.check_features(features, grid)
-        tokens = torch.cat(tuple(features), dim=2)
+        tokens = concatenate_layers(features)
         if self.pos_emb is not None:
             positions = resize_positions(self.pos_emb, PatchGrid(*self.config.position_grid), grid)
             tokens = tokens + positions.to(tokens.dtype)
@@ -219,7 +227,3 @@ class Resampler(Projector):
         if positions is not None and self.pos_emb is not None and positions.shape[1] == self.pos_emb.shape[1] + 1:
             converted["pos_emb"] = positions[:, 1:]
         return converted
-
-
-def _optional_parameter(num_tokens: int, channels: int) -> nn.Parameter | None:
-    return nn.Parameter(torch.empty(1, num_tokens, channels)) if num_tokens else None

@@ -28,6 +28,7 @@ from .layers import (
     SincosPositions,
     SqueezeExcite,
     build_mlp,
+    concatenate_layers,
     map_to_tokens,
     pad_to_multiple,
     reset_module,
@@ -251,7 +252,7 @@ class LayerAggregation(nn.Module):
 
     def _combine(self, layers: list[Tensor]) -> Tensor:
         if self.aggregation == "concat":
-            return torch.cat(layers, dim=2)
+            return concatenate_layers(layers)
         stacked = torch.stack(layers)
         if self.layer_logits is None:
             return stacked.sum(0)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ._base import PatchGrid, Projector, same_relative_depths
@@ -15,7 +14,7 @@ from ._keys import exchange_prefixes
 from ._options import option
 from ._registry import register_projector
 from ._windows import WindowedProjectorConfig
-from .layers import fold_windows, pad_to_windows, reset_module
+from .layers import concatenate_layers, fold_windows, pad_to_windows, reset_module
 
 # Behind the selected layer, which comes first; deep to shallow, as the weights expect their channels.
 _REFERENCE_LAYERS, _REFERENCE_DEPTH = (21, 18, 15, 12, 9, 6, 3), 24
@@ -88,7 +87,7 @@ class TokenFusion(Projector):
     def forward(self, features: Sequence[Tensor], grid: PatchGrid) -> Tensor:
         self.check_features(features, grid)
         padded_grid, factor = self.config.padded_grid(grid), self.config.factor
-        fused = pad_to_windows(self.fusion(torch.cat(tuple(features), dim=2)), grid, factor)
+        fused = pad_to_windows(self.fusion(concatenate_layers(features)), grid, factor)
         # Channel-major, as torch's unfold lays windows out.
         return self.readout(fold_windows(fused, padded_grid, factor, channel_major=True))
 

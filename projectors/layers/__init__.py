@@ -3,6 +3,7 @@
 from .deformable import DeformableAttention
 from .initialization import (
     constant_,
+    copy_,
     normal_,
     ones_,
     reset_module,
@@ -17,12 +18,13 @@ from .maps import (
     LayerNorm2d,
     PointwiseConv2d,
     SqueezeExcite,
+    concatenate_layers,
     map_to_tokens,
     pad_to_multiple,
     tokens_to_map,
 )
 from .mlp import build_mlp
-from .positions import LearnedPositions, SincosPositions, resize_positions, sincos_positions
+from .positions import LearnedPositions, SincosPositions, learned_tokens, resize_positions, sincos_positions
 from .windows import fold_windows, pad_to_windows, split_windows
 
 __all__ = [
@@ -34,8 +36,11 @@ __all__ = [
     "SincosPositions",
     "SqueezeExcite",
     "build_mlp",
+    "concatenate_layers",
     "constant_",
+    "copy_",
     "fold_windows",
+    "learned_tokens",
     "map_to_tokens",
     "normal_",
     "ones_",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .._base import PatchGrid
-from .initialization import may_initialize, zeros_
+from .initialization import copy_, zeros_
 
 
 class DeformableAttention(nn.Module):
@@ -54,10 +54,7 @@ class DeformableAttention(nn.Module):
         """
         for tensor in (self.sampling_offsets.weight, self.attention_weights.weight, self.attention_weights.bias):
             zeros_(tensor)
-        bias = self.sampling_offsets.bias
-        if may_initialize(bias):
-            with torch.no_grad():
-                bias.copy_(ring_offsets(self.num_heads, self.num_points).flatten())
+        copy_(self.sampling_offsets.bias, ring_offsets(self.num_heads, self.num_points).flatten())
 
 
 def ring_offsets(num_heads: int, num_points: int) -> Tensor:

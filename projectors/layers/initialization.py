@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 _TRUNC_NORMAL_STD = 0.02
@@ -58,6 +59,13 @@ def uniform_(tensor: Tensor | None, bound: float) -> None:
     """Draw from U(-bound, bound)."""
     if may_initialize(tensor):
         nn.init.uniform_(tensor, -bound, bound)
+
+
+def copy_(tensor: Tensor | None, values: Tensor) -> None:
+    """Fill with given values of the same shape."""
+    if may_initialize(tensor):
+        with torch.no_grad():
+            tensor.copy_(values)
 
 
 def reset_module(module: nn.Module) -> None:

@@ -6,12 +6,21 @@ norms and 1x1 convolutions run on the channels-last axis without a copy, and onl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, cat, nn
 from torch.nn import functional
 
 from .._base import PatchGrid
+
+
+def concatenate_layers(features: Sequence[Tensor]) -> Tensor:
+    """Put the channels of several layers side by side: K times (B, N, C) -> (B, N, K * C), contiguous.
+
+    One contiguous layer comes back as it is. One that is not (its class token was cut off in front) is copied here
+    once, since a Linear layer would copy it too and then add its bias in a pass of its own.
+    """
+    return features[0].contiguous() if len(features) == 1 else cat(tuple(features), dim=2)
 
 
 def tokens_to_map(tokens: Tensor, grid: PatchGrid) -> Tensor:

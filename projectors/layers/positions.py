@@ -39,6 +39,11 @@ def sincos_positions(grid: PatchGrid, channels: int, device: torch.device, dtype
     return torch.cat([row_part, column_part], dim=2).flatten(0, 1)[None, :, :channels].to(dtype)
 
 
+def learned_tokens(num_tokens: int, channels: int) -> nn.Parameter | None:
+    """Room for (1, num_tokens, channels) learned vectors, which `reset_parameters` has to draw; None for none."""
+    return nn.Parameter(torch.empty(1, num_tokens, channels)) if num_tokens else None
+
+
 class LearnedPositions(nn.Module):
     """One learned vector per patch of `stored_grid`, interpolated on any other grid."""
 

@@ -252,6 +252,17 @@ def test_the_token_formula_is_held_to_the_config(register_toy, formula, status, 
     assert detail in result.detail
 
 
+def test_a_map_of_tokens_that_is_too_small_is_found(register_toy):
+    @dataclass(frozen=True, kw_only=True)
+    class HalvingConfig(ToyConfig):
+        def token_grid(self, grid):
+            return grid._replace(height=grid.height // 2)
+
+    (result,) = check_projector(register_toy(Toy, HalvingConfig), checks=["token_grid_holds_all_tokens"]).results
+    assert result.status == "failed"
+    assert "3x6" in result.detail and "36" in result.detail
+
+
 def test_a_config_that_does_not_survive_json_is_found(register_toy):
     @dataclass(frozen=True, kw_only=True)
     class DriftingConfig(ToyConfig):
@@ -328,7 +339,7 @@ def test_unregistered_class_is_refused():
 
 def test_every_check_has_a_projector_that_fails_it():
     also_tested_above = {"metadata_is_complete", "config_survives_json", "importing_needs_nothing_optional"}
-    also_tested_above |= {"token_formula_tells_the_token_count"}
+    also_tested_above |= {"token_formula_tells_the_token_count", "token_grid_holds_all_tokens"}
     also_tested_above |= {"state_dict_loads_under_any_prefix"}  # load_projector_state_dict has its own tests
     assert {check for _, check in BROKEN} | also_tested_above == set(CHECK_NAMES)
 
