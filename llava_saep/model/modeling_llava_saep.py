@@ -22,6 +22,7 @@ from llava_saep.data.images import ImageSize
 from llava_saep.errors import UserError
 from llava_saep.model.anyres import merge_all
 from llava_saep.model.configuration_llava_saep import LlavaSaepConfig
+from llava_saep.model.llava_generation import LlavaStyleGeneration
 from llava_saep.model.projector_selection import selection_from_config
 from llava_saep.model.vision_tower import read_patch_features
 from projectors import Projector
@@ -163,7 +164,7 @@ def _insert_image_features(inputs_embeds: Tensor, placeholders: Tensor, image_fe
     return inputs_embeds.masked_scatter(placeholders.unsqueeze(-1), image_features)
 
 
-class LlavaSaepForConditionalGeneration(LlavaSaepPreTrainedModel, LlavaForConditionalGeneration):
+class LlavaSaepForConditionalGeneration(LlavaStyleGeneration, LlavaSaepPreTrainedModel, LlavaForConditionalGeneration):
     """The model that is trained, saved and talked to."""
 
     def __init__(self, config: LlavaSaepConfig):
