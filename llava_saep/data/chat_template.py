@@ -74,12 +74,12 @@ class ChatTemplate:
         check_has_template(tokenizer)
         conversation = [Turn("user", "Hi"), Turn("assistant", _mark(0))]
         before, after = _split_at_marks(_rendered(tokenizer, _messages(conversation)), 1)
+        prompt = _rendered(tokenizer, _messages(conversation[:1]), add_generation_prompt=True)
+        lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
+        ending = after
         if _GENERATION_BLOCK.search(tokenizer.chat_template):
-            lead, ending = _generation_block(tokenizer, conversation)
-        else:
-            prompt = _rendered(tokenizer, _messages(conversation[:1]), add_generation_prompt=True)
-            lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
-            ending = after
+            block_lead, ending = _generation_block(tokenizer, conversation)
+            lead = min(lead, block_lead, key=len)  # SmolLM3's block begins with the assistant's header
         ending, stop = _end_of_turn(ending, tokenizer)
         return cls(tokenizer=tokenizer, lead=lead, ending=ending, stop_strings=(stop,))
 

@@ -85,7 +85,7 @@ def make_dataset(tmp_path, tokenizer, image_processor):
             "tokenizer": tokenizer,
             "image_processor": image_processor,
             "image_aspect_ratio": "pad",
-            "template": conversation_template(template),
+            "template": conversation_template(template, options.get("tokenizer")),
             "num_image_tokens": lambda grid: grid.height * grid.width,
             "patch_size": 14,
             "image_token_id": IMAGE_TOKEN_ID,
