@@ -22,7 +22,7 @@ from ._errors import ProjectorError
 from ._keys import exchange_prefixes, rename_modules
 from ._options import option
 from ._registry import ProjectorPreset, register_projector
-from .layers import build_mlp, normal_, reset_module, reset_module_normal
+from .layers import build_mlp, concatenate_layers, normal_, reset_module, reset_module_normal
 
 _QUERY_STD = 0.02
 _INPUT_NORM_EPS = 1e-5
@@ -240,7 +240,7 @@ class QFormer(Projector):
 
     def forward(self, features: Sequence[Tensor], grid: PatchGrid) -> Tensor:
         self.check_features(features, grid)
-        image_features = self.input_norm(torch.cat(tuple(features), dim=2))
+        image_features = self.input_norm(concatenate_layers(features))
         queries = self.query_tokens.expand(image_features.shape[0], -1, -1)
         return self.language_projection(self.qformer(queries, image_features))
 
