@@ -317,8 +317,9 @@ def _plan_from_saved(config: RunConfig, base: LlavaSaepConfig) -> tuple[LlavaSae
         remember_selection(config.model.projector)
         planned.projector = config.model.projector.to_dict()
     saved = load_processor(config.model.language_model)
-    for name, value in _crops(config, saved.image_processor, base).items():
-        setattr(planned, name, value or None)
+    crops = _crops(config, saved.image_processor, base)
+    planned.mm_patch_merge_type = crops["mm_patch_merge_type"]
+    planned.image_grid_pinpoints = [list(pair) for pair in crops["image_grid_pinpoints"]] or None
     processor = LlavaSaepProcessor.from_model_config(
         planned,
         image_processor=saved.image_processor,
