@@ -175,7 +175,7 @@ class ProjectorConfig:
         if self.keep_cls_token:
             raise ProjectorError(
                 f"{type(self).__name__}.keep_cls_token: got true, expected false, because this projector works on "
-                "the map of patches and a class token has no place in it"
+                "the map of patches and a class token has no place in it; --mm_vision_select_feature patch drops it"
             )
 
 

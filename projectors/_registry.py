@@ -14,6 +14,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import pkgutil
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -140,7 +141,11 @@ class ProjectorSelection:
         options = dict(self.options)
         if "vision_layers" not in options:
             options["vision_layers"] = spec.config_class.default_vision_layers(num_vision_layers, options)
-        config = spec.config_class(vision_hidden_size=vision_hidden_size, text_hidden_size=text_hidden_size, **options)
+        widths = {"vision_hidden_size": vision_hidden_size, "text_hidden_size": text_hidden_size}
+        try:
+            config = spec.config_class(**widths, **options)
+        except ProjectorError as error:
+            raise ProjectorError(_with_projector_named(str(error), spec)) from error
         if num_vision_layers is not None:
             config.check_vision_layers(num_vision_layers)
         return config
@@ -161,6 +166,13 @@ class ProjectorSelection:
         if any(is_partitioned(parameter) for parameter in projector.parameters()):
             initialize_projector(projector)
         return projector
+
+
+def _with_projector_named(message: str, spec: ProjectorSpec) -> str:
+    """A config's error speaks of its class; the user knows the projector's name and the option's."""
+    class_name = re.escape(spec.config_class.__name__)
+    message = re.sub(rf"\b{class_name}\.(\w+)", rf"projector {spec.name!r}, option \1", message)
+    return re.sub(rf"\b{class_name}:", f"projector {spec.name!r}:", message)
 
 
 _specs: dict[str, ProjectorSpec] = {}

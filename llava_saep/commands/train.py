@@ -8,8 +8,12 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llava_saep.errors import UserError
+
+if TYPE_CHECKING:
+    from llava_saep.train.config import RunConfig
 
 TRAINING_SCRIPT = Path(__file__).parents[1] / "train" / "train_mem.py"
 
@@ -39,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
         print_help()
         return 0
     launch, training_flags = split_flags(argv)
-    check_training_flags(training_flags)
+    config = check_training_flags(training_flags)
     num_processes = launch.num_processes
     if num_processes is None and not (launch.hostfile or launch.include or launch.exclude):
         num_processes = default_num_processes()
@@ -48,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
         from llava_saep.train import train_mem
 
         return train_mem.main(training_flags)
-    check_models(training_flags)
+    check_models(config)
     command = launcher_command(own_flags, training_flags, num_processes)
     return run_launcher(command, launcher_environment(num_processes, os.environ))
 
@@ -91,25 +95,25 @@ def split_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return launch, training_flags
 
 
-def check_training_flags(training_flags: Sequence[str]) -> None:
+def check_training_flags(training_flags: Sequence[str]) -> "RunConfig":
     """Raise UserError or ProjectorError for wrong flags and missing files, before any process is started."""
     from llava_saep.arguments import parse_arguments
     from llava_saep.train.run import check_paths
 
-    check_paths(parse_arguments(list(training_flags)))
+    config = parse_arguments(list(training_flags))
+    check_paths(config)
+    return config
 
 
-def check_models(training_flags: Sequence[str]) -> None:
+def check_models(config: "RunConfig") -> None:
     """Raise UserError or ProjectorError where the models' configs already show that the run cannot work.
 
     The machine that launches need not have the models: what cannot be read here is left to the ranks.
     """
-    from llava_saep.arguments import parse_arguments
     from llava_saep.model.projector_selection import trusting_projector_code
     from llava_saep.model.reading import UnreadableModel
     from llava_saep.train.run import plan_model
 
-    config = parse_arguments(list(training_flags))
     with trusting_projector_code(config.model.trust_projector_code), contextlib.suppress(UnreadableModel):
         plan_model(config)
 

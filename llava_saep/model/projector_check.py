@@ -1,7 +1,8 @@
 """Do projector weights belong to the projector of this run? Decided from configs, keys and shapes, without loading.
 
 A wrong file is refused before the models are read and before ranks wait for each other, and named by its owner: by the
-config.json that training wrote beside it, or by its keys.
+config.json that our training wrote beside it, or by its keys. LLaVA's config.json is no witness: its relatives leave
+`mm_projector_type` as it is, and add a resampler or further layers under names of their own.
 """
 
 import json
@@ -20,9 +21,12 @@ from llava_saep.model.loading import find_projector_weights, is_newline
 from llava_saep.model.projector_selection import selection_from_config
 from llava_saep.model.reading import UNREADABLE_CONFIG, first_line, read_json_object
 from projectors import ProjectorError, describe_options, load_projector_state_dict, projector_spec, select_projector
+from projectors._checkpoint import nearest_reading
 from projectors._recognition import recognise_projector
 
 _FLAG = "--pretrain_mm_mlp_adapter"
+
+_NUM_KEYS_SHOWN = 3
 
 _NOT_IN_THE_WEIGHTS = ("init", "dropout", "pad_grid")
 """Options under which weights may be trained on that began otherwise: their start, noise, and which grids are taken."""
@@ -30,15 +34,15 @@ _NOT_IN_THE_WEIGHTS = ("init", "dropout", "pad_grid")
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsOrigin:
-    """What the config.json beside a weights file says about its projector; None and () where it does not say."""
+    """What the config.json beside a weights file says about its projector; `spelling` is what one asks for it by."""
 
     config_path: Path
     spelling: str
     name: str
     options: Mapping[str, Any]
-    vision_hidden_size: int | None = None
-    text_hidden_size: int | None = None
-    num_vision_layers: int | None = None
+    vision_hidden_size: int
+    text_hidden_size: int
+    num_vision_layers: int
 
 
 def check_projector_weights(path: str | Path, config: LlavaSaepConfig) -> None:
@@ -61,7 +65,8 @@ def check_projector_weights(path: str | Path, config: LlavaSaepConfig) -> None:
     try:
         load_projector_state_dict(projector, shapes)
     except ProjectorError as error:
-        raise UserError(f"{file}: {_owner(shapes, config)}{error}") from error
+        has_other_keys = nearest_reading(projector, shapes).num_unmatched > 0
+        raise UserError(f"{file}: {_owner(shapes, config, has_other_keys) or error}") from error
 
 
 def read_weight_shapes(path: Path) -> dict[str, Tensor]:
@@ -81,7 +86,7 @@ def read_weight_shapes(path: Path) -> dict[str, Tensor]:
                 return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}
         weights = torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:  # safetensors, zip and unpickling errors share no base class
-        reason = first_line(error).partition(". ")[0]
+        reason = f"{type(error).__name__}: {first_line(error).partition('. ')[0]}"
         raise UserError(
             f"{path} ({size} bytes) is no readable weights file; it is damaged, cut off or something else: {reason}"
         ) from error
@@ -94,24 +99,14 @@ def read_weight_shapes(path: Path) -> dict[str, Tensor]:
 
 
 def read_origin(file: Path) -> WeightsOrigin | None:
-    """Read this project's config.json beside a weights file, or LLaVA's; None where neither lies there."""
+    """Read this project's config.json beside a weights file; None where there is none."""
     path = file.parent / "config.json"
     try:
-        content = read_json_object(path)
-        if content.get("model_type") == LlavaSaepConfig.model_type:
-            return _own_origin(path, LlavaSaepConfig.from_pretrained(file.parent))
-        selection = select_projector(content["mm_projector_type"])
+        if read_json_object(path).get("model_type") != LlavaSaepConfig.model_type:
+            return None
+        config = LlavaSaepConfig.from_pretrained(file.parent)
     except UNREADABLE_CONFIG:  # it is not what was asked for: the tensors decide
         return None
-    return WeightsOrigin(
-        config_path=path,
-        spelling=content["mm_projector_type"],
-        name=selection.name,
-        options=selection.options,
-    )
-
-
-def _own_origin(path: Path, config: LlavaSaepConfig) -> WeightsOrigin | None:
     if config.projector is None:
         return None
     is_own_code = ":" in config.projector.get("provider", "")
@@ -139,15 +134,14 @@ def _check_same_projector(file: Path, origin: WeightsOrigin, config: LlavaSaepCo
             f"{file} holds weights of a {origin.name} projector ({origin.config_path} says so), but this run's "
             f"projector is {name}. To start from them, pass {_flags_for(origin)}. {fresh}"
         )
-    if origin.vision_hidden_size is not None:
-        theirs = (origin.vision_hidden_size, origin.text_hidden_size)
-        ours = (config.vision_config.hidden_size, config.text_config.hidden_size)
-        if theirs != ours:
-            raise UserError(
-                f"{file} holds weights of a {name} projector between a tower of {theirs[0]} channels and a language "
-                f"model of {theirs[1]} ({origin.config_path} says so), but this run's have {ours[0]} and {ours[1]}. To "
-                f"start from them, use the models that they were trained between. {fresh}"
-            )
+    theirs = (origin.vision_hidden_size, origin.text_hidden_size)
+    ours = (config.vision_config.hidden_size, config.text_config.hidden_size)
+    if theirs != ours:
+        raise UserError(
+            f"{file} holds weights of a {name} projector between a tower of {theirs[0]} channels and a language model "
+            f"of {theirs[1]} ({origin.config_path} says so), but this run's have {ours[0]} and {ours[1]}. To start "
+            f"from them, use the models that they were trained between. {fresh}"
+        )
     differences = _different_options(origin, config)
     if differences:
         values = "; ".join(f"{option} is {there} there and {here} here" for option, there, here in differences)
@@ -160,19 +154,19 @@ def _check_same_projector(file: Path, origin: WeightsOrigin, config: LlavaSaepCo
 def _different_options(origin: WeightsOrigin, config: LlavaSaepConfig) -> list[tuple[str, Any, Any]]:
     """Name and both values of each option that the weights were trained with otherwise."""
     here = config.projector_config.options()
-    depths = {"there": origin.num_vision_layers, "here": config.vision_config.num_hidden_layers}
+    depth = config.vision_config.num_hidden_layers
     return [
         (option, value, here[option])
         for option, value in origin.options.items()
         if option in here
         and option not in _NOT_IN_THE_WEIGHTS
-        and _comparable(option, value, depths["there"]) != _comparable(option, here[option], depths["here"])
+        and _comparable(option, value, origin.num_vision_layers) != _comparable(option, here[option], depth)
     ]
 
 
-def _comparable(option: str, value: Any, num_vision_layers: int | None) -> Any:
+def _comparable(option: str, value: Any, num_vision_layers: int) -> Any:
     """-2 and 23 are the same layer of 24."""
-    if option != "vision_layers" or num_vision_layers is None:
+    if option != "vision_layers":
         return value
     return [layer % (num_vision_layers + 1) for layer in value]
 
@@ -192,28 +186,31 @@ def _flags_for(origin: WeightsOrigin) -> str:
         if option not in comparable or value != comparable[option]
     }
     flags = f"--mm_projector_type {origin.spelling}"
-    is_spelled = origin.spelling != origin.name and ":" not in origin.spelling  # mlp3x_gelu says its options itself
-    return flags if is_spelled or not options else f"{flags} --mm_projector_options '{json.dumps(options)}'"
+    return f"{flags} --mm_projector_options '{json.dumps(options)}'" if options else flags
 
 
 # Whose they are, by their keys
 
 
-def _owner(shapes: Mapping[str, Tensor], config: LlavaSaepConfig) -> str:
-    """A sentence on whose weights these are, where they are not the projector's of this config; else nothing."""
+def _owner(shapes: Mapping[str, Tensor], config: LlavaSaepConfig, has_other_keys: bool) -> str:
+    """A sentence on whose weights these are; none where they are this run's projector's in other sizes."""
     names, is_exact = recognise_projector(
         shapes,
         vision_hidden_size=config.vision_config.hidden_size,
         text_hidden_size=config.text_config.hidden_size,
         num_vision_layers=config.vision_config.num_hidden_layers,
     )
-    if not names:
-        return "no projector that is registered here has such weights. In detail: "
-    if config.projector["name"] in {select_projector(name).name for name in names}:
+    name = config.projector["name"]
+    is_own = name in {select_projector(candidate).name for candidate in names}
+    if is_own and not (is_exact and has_other_keys):  # mlp3x_gelu is mlp, and yet says what mlp2x_gelu lacks
         return ""
+    fresh = f"to train a fresh {name} projector, leave out {_FLAG}"
+    if not names:
+        first = ", ".join(list(shapes)[:_NUM_KEYS_SHOWN])
+        return f"holds {len(shapes)} tensors ({first}, ...) that no registered projector has, {name} neither; {fresh}"
     listed = " or ".join(names)
+    choice = names[0] if len(names) == 1 else "with the one that they were trained as"
     return (
-        f"these {'are' if is_exact else 'look like'} weights of {listed}, and this run's projector is "
-        f"{config.projector['name']}. To start from them, pass --mm_projector_type {names[0]}; to train a fresh one, "
-        f"leave out {_FLAG}. In detail: "
+        f"these {'are' if is_exact else 'look like'} weights of {listed}, but this run's projector is {name}. To start "
+        f"from them, pass --mm_projector_type {choice}; {fresh}"
     )
