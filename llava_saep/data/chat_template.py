@@ -23,18 +23,8 @@ CHAT_TEMPLATE = "chat_template"
 RENDER_OPTIONS: Mapping[str, Any] = {"enable_thinking": False}
 """LLaVA's data hold answers without reasoning; templates that do not know the option ignore it (Qwen3, SmolLM3 do)."""
 
-_FLATTENING = (
-    "{%- if enable_thinking is not defined %}{% set enable_thinking = false %}{% endif -%}"
-    "{%- set flat = namespace(messages=[], text='') -%}"
-    "{%- for message in messages -%}"
-    "{%- set flat.text = message['content'] if message['content'] is string else '' -%}"
-    "{%- for part in ([] if message['content'] is string else message['content']) -%}"
-    "{%- set flat.text = flat.text + ('<image>\\n' if part['type'] == 'image' else part['text']) -%}"
-    "{%- endfor -%}"
-    "{%- set flat.messages = flat.messages + [dict(message, content=flat.text)] -%}"
-    "{%- endfor -%}"
-    "{%- set messages = flat.messages -%}"
-)
+THINKING_OFF = "{%- if enable_thinking is not defined %}{% set enable_thinking = false %}{% endif -%}"
+"""RENDER_OPTIONS inside a template, for those who render it themselves."""
 
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -146,12 +136,23 @@ def check_has_template(tokenizer: Any) -> None:
         )
 
 
-def taking_image_parts(template: str) -> str:
-    """Return a chat template for text with the ability to take messages whose content is a list of parts.
+def flattening(image_marker: str) -> str:
+    """Return Jinja that goes before a template for text, so that a message's content may be a list of parts.
 
-    An image becomes "<image>" and a line break. Thinking is off where nothing else is said, as in RENDER_OPTIONS.
+    An image among them becomes its marker and a line break.
     """
-    return template if template.startswith(_FLATTENING) else _FLATTENING + template
+    marker = image_marker + "\\n"
+    return (
+        "{%- set flat = namespace(messages=[], text='') -%}"
+        "{%- for message in messages -%}"
+        "{%- set flat.text = message['content'] if message['content'] is string else '' -%}"
+        "{%- for part in ([] if message['content'] is string else message['content']) -%}"
+        f"{{%- set flat.text = flat.text + ('{marker}' if part['type'] == 'image' else part['text']) -%}}"
+        "{%- endfor -%}"
+        "{%- set flat.messages = flat.messages + [dict(message, content=flat.text)] -%}"
+        "{%- endfor -%}"
+        "{%- set messages = flat.messages -%}"
+    )
 
 
 def _messages(turns: Sequence[Turn], system: str | None = None) -> list[Message]:

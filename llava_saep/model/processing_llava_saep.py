@@ -9,34 +9,15 @@ from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from llava_saep.constants import DEFAULT_IMAGE_TOKEN
-from llava_saep.data.chat_template import CHAT_TEMPLATE, check_has_template, taking_image_parts
+from llava_saep.data.chat_template import CHAT_TEMPLATE, check_has_template
 from llava_saep.data.images import ImageSize, load_image, parse_grid_pinpoints, preprocess_image, processed_image_size
-from llava_saep.data.templates import conversation_template
+from llava_saep.data.jinja_form import jinja_form
 from llava_saep.data.tokenization import encode_prompt
 from llava_saep.errors import UserError
 from llava_saep.model.anyres import ImageTokens
 from llava_saep.model.configuration_llava_saep import LlavaSaepConfig
 from llava_saep.model.projector_selection import selection_from_config
 from projectors import ProjectorConfig
-
-CHAT_TEMPLATE_MESSAGE = (
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>\\n' }}"
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
-)
-
-CHAT_TEMPLATES = {
-    "v1": (
-        "{% if messages[0]['role'] == 'system' %}{% set turns = messages[1:] %}{{ messages[0]['content'] }}"
-        "{% else %}{% set turns = messages %}" + conversation_template("v1").system + "{% endif %}{{ ' ' }}"
-        "{% for message in turns %}{% if message['role'] == 'user' %}USER: " + CHAT_TEMPLATE_MESSAGE + "{{ ' ' }}"
-        "{% else %}ASSISTANT: " + CHAT_TEMPLATE_MESSAGE + "</s>{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-    ),
-    "plain": "{% for message in messages %}" + CHAT_TEMPLATE_MESSAGE + "{% if message['role'] == 'assistant' %}"
-    "{{ '\\n' }}{% endif %}{% endfor %}",
-}
-"""Jinja forms of conversation templates, for `apply_chat_template`; llava_saep.data.templates is the reference."""
 
 
 class LlavaSaepProcessor(ProcessorMixin):
@@ -87,8 +68,7 @@ class LlavaSaepProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)
         if conversation_template == CHAT_TEMPLATE:
             check_has_template(tokenizer)
-            chat_template = chat_template or taking_image_parts(tokenizer.chat_template)
-        chat_template = chat_template or CHAT_TEMPLATES.get(conversation_template)
+        chat_template = chat_template or jinja_form(conversation_template, tokenizer.chat_template)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod

@@ -6,8 +6,9 @@ import pickle
 import pytest
 
 from llava_saep.constants import IGNORE_INDEX
-from llava_saep.data.chat_template import CHAT_TEMPLATE, taking_image_parts
+from llava_saep.data.chat_template import CHAT_TEMPLATE
 from llava_saep.data.conversation import Turn, segments_text
+from llava_saep.data.jinja_form import jinja_form
 from llava_saep.data.records import BadSampleError
 from llava_saep.data.templates import conversation_template
 from llava_saep.data.tokenization import encode_prompt, encode_segments
@@ -203,8 +204,8 @@ def test_a_template_that_writes_the_time_is_rendered_again(monkeypatch):
 
 def test_messages_with_image_parts_render_as_text_does(chat_tokenizer, family):
     flattening = copy.deepcopy(chat_tokenizer)
-    flattening.chat_template = taking_image_parts(chat_tokenizer.chat_template)
-    assert taking_image_parts(flattening.chat_template) == flattening.chat_template
+    flattening.chat_template = jinja_form(CHAT_TEMPLATE, chat_tokenizer.chat_template)
+    assert jinja_form(CHAT_TEMPLATE, flattening.chat_template) == flattening.chat_template
     parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}]
     messages = [{"role": "user", "content": parts}]
     options = {"add_generation_prompt": True, "tokenize": False}
