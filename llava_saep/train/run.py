@@ -247,6 +247,8 @@ def plan_model(config: RunConfig) -> tuple[LlavaSaepProcessor, LlavaSaepConfig]:
     """
     processor, model_config = _plan(config)
     _check_named_layers(config.model, model_config)
+    side = model_config.vision_config.image_size
+    model_config.num_image_tokens(model_config.patch_grid(side, side))  # refuses layers and grids that cannot be
     if config.model.projector_weights is not None:
         check_projector_weights(config.model.projector_weights, model_config)
     return processor, model_config

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from llava_saep.arguments import parse_arguments
 from llava_saep.cli import main
 from llava_saep.commands import train as train_command
-from llava_saep.model.loading import make_config, save_projector_weights
+from llava_saep.model.loading import build_processor, make_config, save_projector_weights
 from llava_saep.model.projector_selection import selection_from_config
 from llava_saep.train import distributed, train_mem
 from llava_saep.train.run import plan_model
@@ -123,6 +123,37 @@ def test_layers_by_flag_that_contradict_a_preset_or_option_are_refused(
     flags = {"mm_projector_type": projector, "mm_projector_options": options}
     sentence = refusal([*training_flags(bases, data, tmp_path / "out", **flags), "--mm_vision_select_layer", "1", "2"])
     assert all(word in sentence for word in words), sentence
+
+
+# The same on a saved model, which brings its own tower
+
+
+@pytest.fixture(scope="module")
+def saved(bases, tmp_path_factory) -> Path:
+    """What a run that goes on from a saved model reads before weights: its config and its processor."""
+    folder = tmp_path_factory.mktemp("saved")
+    parts = {"language_model": str(bases.language_model), "vision_tower": str(bases.vision_tower)}
+    config = make_config(**parts, projector=select_projector("linear"), image_token_id=1)
+    config.save_pretrained(folder)
+    build_processor(**parts, model_config=config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["grid_not_divisible", "grid_too_small", "layer_by_option", "equal_widths"])
+def test_wrong_projector_for_a_saved_model_ends_before_models_are_loaded(name, saved, data, tmp_path, refusal):
+    projector, flags, words = WRONG_FLAGS[name]
+    on_saved = TinyBases(vision_tower=saved, language_model=saved)
+    sentence = refusal(training_flags(on_saved, data, tmp_path / "out", mm_projector_type=projector, **flags))
+    assert all(word in sentence for word in words), sentence
+
+
+def test_layer_that_a_saved_models_tower_lacks_is_refused(saved, data, tmp_path, refusal):
+    """8 lies one round of 5 hidden states beyond the kept projector's -2, and is no other name for it."""
+    on_saved = TinyBases(vision_tower=saved, language_model=saved)
+    argv = training_flags(on_saved, data, tmp_path / "out", mm_vision_select_layer=8)
+    at = argv.index("--mm_projector_type")
+    sentence = refusal(argv[:at] + argv[at + 2 :])
+    assert "--mm_vision_select_layer 8" in sentence and "4 blocks" in sentence
 
 
 # Weights of another projector
