@@ -58,11 +58,13 @@ def write_hf(checkpoint: Checkpoint, folder: Path) -> None:
     """
     refuse_unrepresentable(checkpoint.model.config)
     config, weights = hf_config(checkpoint.model.config), hf_weights(checkpoint)
-    _make_room_for_placeholder(config, weights)
+    added = _make_room_for_placeholder(config, weights)
     model = MODEL_CLASSES[config.model_type].from_pretrained(
         None, config=config, state_dict=weights, dtype=checkpoint.model.dtype
     )
     model.generation_config = copy.deepcopy(checkpoint.model.generation_config)
+    if added:
+        model.generation_config.suppress_tokens = added
     model.save_pretrained(folder)
     build_hf_processor(checkpoint).save_pretrained(folder)
     copy_sentencepiece(checkpoint.processor.tokenizer, folder)
@@ -109,21 +111,22 @@ def _layers() -> list[tuple[str, str]]:
     return list(PROJECTOR_LAYERS.items())
 
 
-def _make_room_for_placeholder(config: PreTrainedConfig, weights: dict[str, Tensor]) -> None:
-    """Give embedding and head a row for the placeholder, which transformers looks up, and note it in the config.
+def _make_room_for_placeholder(config: PreTrainedConfig, weights: dict[str, Tensor]) -> list[int]:
+    """Give embedding and head a row for the placeholder, which transformers looks up; return the ids of new rows.
 
-    The new rows repeat the first one (`<unk>`, or a token as rare): where logits are equal the first wins, so that
-    greedy decoding never writes a placeholder.
+    They repeat the first row (`<unk>`, or a token as rare), and generation must suppress them: the model has not
+    learnt to leave them out. The config notes them, so that they go when the folder is read here.
     """
     rows = weights[_EMBEDDING].shape[0]
     lacking = config.image_token_id + 1 - rows
     if lacking <= 0:
-        return
+        return []
     for name in (_EMBEDDING, _HEAD):
         if name in weights:
             weights[name] = torch.cat([weights[name], weights[name][:1].expand(lacking, -1)])
     config.text_config.vocab_size = rows + lacking
     setattr(config, PLACEHOLDER_ROWS, lacking)
+    return list(range(rows, rows + lacking))
 
 
 def build_hf_processor(checkpoint: Checkpoint) -> Any:

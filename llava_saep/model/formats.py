@@ -115,7 +115,11 @@ def _generation_config(folder: LlavaFolder | HfFolder) -> GenerationConfig | Non
     base = getattr(folder, "base", None)
     for path in (folder.path, Path(base) if base else folder.path):
         if (path / "generation_config.json").is_file():
-            return GenerationConfig.from_pretrained(path)
+            found = GenerationConfig.from_pretrained(path)
+            # What was written here for llava-hf suppresses rows that are taken out again.
+            rows = folder.config.text_config.vocab_size
+            found.suppress_tokens = [token for token in found.suppress_tokens or () if token < rows] or None
+            return found
     return None
 
 
