@@ -102,9 +102,10 @@ def _draw_panel(axes: Any, rows: Sequence[Measurement], kind: str, highlighted: 
 
     for row in rows:
         colour, tokens = _colour(row.name, highlighted), row.num_tokens
+        layer = 3 + (colour == _HIGHLIGHT)  # on top of the others where points meet
         low, high = (1000 * bound for bound in getattr(row, kind).quartiles)
-        axes.vlines(tokens, low, high, color=colour, linewidth=1.2, zorder=2)
-        axes.plot(tokens, _milliseconds(row, kind), "o", color=colour, markersize=_MARKER_SIZE, zorder=3)
+        axes.vlines(tokens, low, high, color=colour, linewidth=1.2, zorder=layer)
+        axes.plot(tokens, _milliseconds(row, kind), "o", color=colour, markersize=_MARKER_SIZE, zorder=layer)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.margins(x=_MARGIN_X, y=_MARGIN_Y)

@@ -22,7 +22,10 @@ MOVING_OPERATORS = (
     "aten::index_select",
     "aten::gather",
     "aten::roll",
+    "aten::constant_pad_nd",
+    "aten::replication_pad1d",
     "aten::replication_pad2d",
+    "aten::reflection_pad2d",
 )
 """Operators that write memory and compute nothing; one inside another counts as that other one."""
 

@@ -20,7 +20,19 @@ from llava_saep.bench.workload import Step, TowerOutput, Workload, build_step
 from llava_saep.errors import UserError
 from projectors import ProjectorConfig, ProjectorError, ProjectorSelection
 
-DEFAULT_PROJECTORS = ("saep", "mlp2x_gelu", "avg_pool", "c_abstractor", "qformer")
+DEFAULT_PROJECTORS = (
+    "saep",
+    "mlp2x_gelu",
+    "avg_pool",
+    "c_abstractor",
+    "d_abstractor",
+    "ldpv2",
+    "token_packer",
+    "pixel_shuffle",
+    "perceiver",
+    "qformer",
+    "dense_connector_dci",
+)
 """What is measured when nobody names a projector: SAEP and the field's best-known ones."""
 
 _SHARE_FOR_WEIGHTS = 0.5

@@ -35,8 +35,8 @@ class Timing:
 
     @property
     def spread(self) -> float | None:
-        """Half the distance between the quartiles, as a share of the median."""
-        if not self.seconds:
+        """Half the distance between the quartiles, as a share of the median; None before there are two repeats."""
+        if len(self.seconds) < 2:
             return None
         first, third = self.quartiles
         return (third - first) / 2 / self.median

@@ -96,7 +96,7 @@ def _time_rows(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 def _times(timing: Row) -> tuple[str, str, str]:
     return (
         _milliseconds(timing["median_seconds"]),
-        f"±{100 * timing['spread']:.1f}%",
+        "-" if timing["spread"] is None else f"±{100 * timing['spread']:.1f}%",
         _milliseconds(timing["seconds_per_gflop"]),
     )
 

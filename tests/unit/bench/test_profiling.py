@@ -74,6 +74,21 @@ def test_operator_that_allocates_what_it_moves_is_measured_by_that(workload):
     assert pad.num_bytes == 4 * BATCH * CHANNELS * 4 * 8  # a 4 x 6 grid becomes 4 x 8
 
 
+class PaddingOfATurnedMap(Padding):
+    """The kernel that pads writes its input in its own order first."""
+
+    def forward(self, features, grid):
+        padded = functional.pad(features[0].transpose(1, 2), (0, 8), mode="replicate")
+        return padded[..., : grid.num_patches].transpose(1, 2) * self.scale
+
+
+def test_copy_inside_an_operator_that_moves_data_is_that_operators(workload):
+    copies = profile_step(Step(PaddingOfATurnedMap(), TowerOutput(workload))).copies
+    inside = [each for each in copies if each.site.phase == "forward" and each.site.inside == "aten::pad"]
+    assert [each.site.operator for each in inside] == ["aten::replication_pad1d"]
+    assert inside[0].num_bytes == 4 * BATCH * CHANNELS * (24 + 32)
+
+
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="other convolutions may rearrange their input")
 def test_saep_moves_no_activation_but_to_bring_its_layers_together(make_step):
     """The bias of a Linear is written into its output before the product; the filters' gradient gets its layout."""
