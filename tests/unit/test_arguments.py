@@ -5,6 +5,7 @@ import logging
 import pytest
 
 from llava_saep.arguments import own_flags, parse_arguments, translate_removed_flags
+from llava_saep.data.templates import TEMPLATE_NAMES
 from llava_saep.errors import UserError
 from llava_saep.train.config import LoraConfig
 from projectors import ProjectorError, registered_projectors
@@ -132,6 +133,12 @@ def test_every_flag_of_llava_parses():
     assert config.data.conversation_template == "v1"  # LLaVA's v0 trains with the v1 template
 
 
+@pytest.mark.parametrize("version", [*TEMPLATE_NAMES, "v0.5", "chat_template"])
+def test_version_names_every_template_of_llava(version):
+    template = parse_arguments([*REQUIRED, "--version", version]).data.conversation_template
+    assert template == {"v0": "v1", "v0.5": "v1"}.get(version, version)
+
+
 def test_removed_flags_are_translated_with_one_warning_that_lists_all(caplog):
     removed = (
         "--evaluation_strategy no --warmup_ratio=0.1 --group_by_length True --no_cuda True --save_safetensors True"
@@ -253,7 +260,7 @@ def test_no_projector_flag_keeps_the_one_of_a_saved_model():
         ("--image_aspect_ratio anyres --image_grid_pinpoints 336", "expected pairs of width and height"),
         ("--mm_use_im_start_end True", "not supported"),
         ("--bits 4", "bitsandbytes is not installed"),
-        ("--version vicuna", "unknown conversation template 'vicuna'"),
+        ("--version vicuna", "--version: unknown conversation template 'vicuna'.*; say --version v1 for that"),
         ("--eval_strategy steps", "no evaluation data"),
         ("--evaluation_strategy steps", "no evaluation data"),
         ("--warmup_ratio 0.03 --warmup_steps 10", "old name of --warmup_steps"),

@@ -4,15 +4,16 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llava_saep.constants import IGNORE_INDEX
 from llava_saep.data.collator import ConversationCollator
 from llava_saep.data.dataset import ConversationDataset
-from llava_saep.data.templates import conversation_template
+from llava_saep.data.templates import TEMPLATE_NAMES, conversation_template
 from llava_saep.errors import UserError
 from llava_saep.generation import GenerationOptions, Predictor
 from llava_saep.model.loading import build_model, build_processor, build_tokenizer
+from llava_saep.model.processing_llava_saep import LlavaSaepProcessor
 from projectors import select_projector
 from tests.fixtures.chat_templates import FAMILIES, make_tokenizer
 from tests.fixtures.tiny import write_image, write_language_model, write_vision_tower
@@ -121,6 +122,25 @@ def test_prompts_of_a_saved_processor_begin_the_training_text(tmp_path, family):
     text = predictor.processor.apply_chat_template(_questions(tmp_path, 1), add_generation_prompt=True, tokenize=False)
     inputs = predictor.processor(images=[str(tmp_path / "a.png")], text=text)
     assert inputs["input_ids"][0].tolist() == ids
+
+
+@pytest.mark.parametrize("name", TEMPLATE_NAMES)
+def test_processor_and_predictor_ask_alike(tmp_path, name):
+    model, processor = _parts(tmp_path, "phi-4")
+    processor.save_pretrained(tmp_path / "saved")  # with the tokenizer's own template, which must not be used then
+    processor = LlavaSaepProcessor.from_model_config(
+        model.config,
+        image_processor=processor.image_processor,
+        tokenizer=AutoTokenizer.from_pretrained(tmp_path / "saved"),
+        conversation_template=name,
+    )
+    processor.save_pretrained(tmp_path / "again")
+    predictor = Predictor(model, LlavaSaepProcessor.from_pretrained(tmp_path / "again"))
+    write_image(tmp_path / "a.png")
+    messages = _questions(tmp_path, 1)
+    text = predictor.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    inputs = predictor.processor(images=[str(tmp_path / "a.png")], text=text)
+    assert inputs["input_ids"][0].tolist() == predictor._prompt(messages).input_ids
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused_before_the_model_is_made(tmp_path):

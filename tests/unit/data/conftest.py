@@ -21,7 +21,7 @@ def read_golden(name):
     return json.loads((GOLDEN / name).read_text(encoding="utf-8"))
 
 
-def _llama_tokenizer(**options):
+def llama_tokenizer(**options):
     return LlamaTokenizer.from_pretrained(GOLDEN / "tokenizers", **options)
 
 
@@ -44,12 +44,12 @@ def _byte_level_tokenizer():
 @pytest.fixture(scope="session")
 def tokenizers():
     """The three tokenizers of the reference outputs, one with <im_start> and <im_end> added, and a byte-level one."""
-    with_im_start_end = _llama_tokenizer(legacy=False, add_bos_token=True)
+    with_im_start_end = llama_tokenizer(legacy=False, add_bos_token=True)
     with_im_start_end.add_tokens(["<im_start>", "<im_end>"], special_tokens=True)
     return {
-        "llama_legacy": _llama_tokenizer(legacy=True, add_bos_token=True),
-        "llama_new": _llama_tokenizer(legacy=False, add_bos_token=True),
-        "yi_new": _llama_tokenizer(
+        "llama_legacy": llama_tokenizer(legacy=True, add_bos_token=True),
+        "llama_new": llama_tokenizer(legacy=False, add_bos_token=True),
+        "yi_new": llama_tokenizer(
             legacy=False, add_bos_token=False, additional_special_tokens=["<|im_start|>", "<|im_end|>"]
         ),
         "im_start_end": with_im_start_end,

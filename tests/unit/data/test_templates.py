@@ -39,6 +39,21 @@ def test_templates_reach_worker_processes(name):
     assert pickle.loads(pickle.dumps(template)).render(turns) == template.render(turns)
 
 
+def test_v0_trains_on_its_signals_and_prompts_without():
+    """LLaVA's preprocess_v0 and its get_prompt write different texts; released models saw both."""
+    turns = [Turn("user", "What?"), Turn("assistant", "A cat.")]
+    template = conversation_template("llava_v0")
+    training = segments_text(template.render_training(turns, system="Be kind."))
+    assert training == "Be kind.\n\n### Human: What?\n### Assistant: A cat.\n### "
+    prompt = segments_text(template.render(turns[:1], add_generation_prompt=True, system="Be kind."))
+    assert prompt == "Be kind.###Human: What?###Assistant:"
+
+
+def test_chatml_wraps_a_system_prompt():
+    segments = conversation_template("mpt").render([Turn("user", "Hi")], system="Be kind.")
+    assert segments_text(segments) == "<|im_start|>system\nBe kind.<|im_end|><|im_start|>user\nHi<|im_end|>"
+
+
 def test_unknown_name_lists_the_known_ones():
     with pytest.raises(UserError, match="unknown conversation template 'vicuna-v1'. Did you mean 'vicuna_v1'.*llama_2"):
         conversation_template("vicuna-v1")

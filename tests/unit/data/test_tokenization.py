@@ -1,4 +1,4 @@
-"""Token ids and labels equal LLaVA's where LLaVA is right; elsewhere the answers, and only they, are targets."""
+"""Token ids and labels: the answers, and only they, are targets. tests/parity compares both with LLaVA's."""
 
 import random
 
@@ -7,10 +7,10 @@ import pytest
 from llava_saep.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_saep.data.conversation import Segment, Turn, segments_text
 from llava_saep.data.templates import TEMPLATE_NAMES, conversation_template
-from llava_saep.data.tokenization import count_text_tokens, encode_prompt, encode_segments
+from llava_saep.data.tokenization import count_text_tokens, encode_prompt, encode_segments, sentence_targets
 from llava_saep.errors import UserError
 
-from .conftest import read_golden
+from .conftest import llama_tokenizer, read_golden
 
 TOKENIZER_IDS = read_golden("tokenizer_ids.json")
 
@@ -84,6 +84,36 @@ def test_text_tokens_are_counted_without_images(tokenizers):
 def test_marker_without_image_is_refused(tokenizer):
     with pytest.raises(UserError, match="the text has 2 <image> markers but 1 images"):
         encode_prompt("<image> and <image>", tokenizer, [4], IMAGE_TOKEN_INDEX)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_marker_without_images_is_spelled_out_though_it_is_a_token(legacy):
+    text = " The tag <image> has <im_end> no <image>"
+    known = llama_tokenizer(legacy=legacy, add_bos_token=True)
+    known.add_tokens(["<image>", "<im_end>"], special_tokens=True)
+    unknown = llama_tokenizer(legacy=legacy, add_bos_token=True)
+    unknown.add_tokens(["<im_end>"], special_tokens=True)
+    encoded = encode_segments([Segment(text, True)], known, None, IMAGE_TOKEN_INDEX)
+    expected = encode_prompt(text, unknown, None, IMAGE_TOKEN_INDEX)
+    later = known.convert_tokens_to_ids("<im_end>")
+    assert encoded.input_ids == [later if at == unknown.convert_tokens_to_ids("<im_end>") else at for at in expected]
+    assert encoded.labels[1:] == encoded.input_ids[1:]
+    assert encode_prompt(text, known, [1, 1], IMAGE_TOKEN_INDEX).count(IMAGE_TOKEN_INDEX) == 2  # as ever after
+
+
+def test_bos_is_left_to_a_template_that_writes_it(tokenizer):
+    own, *rest = encode_prompt("<s>Hi", tokenizer, [], 777)
+    assert own == tokenizer.bos_token_id == rest[0]
+    assert encode_prompt("<s>Hi", tokenizer, [], 777, adds_bos=False) == rest
+    assert count_text_tokens(["<s>Hi"], tokenizer, adds_bos=False) == [len(rest)]
+
+
+def test_sentence_targets_are_those_of_a_hand_computation():
+    """Header of 3, question of 4, answer of 2, question of 3; the rest is what the closing signal takes."""
+    lengths, is_answer = [3, 4, 2, 3], [False, False, True, False]
+    marks = "... ##.. aa ##. ss".replace(" ", "")
+    assert sentence_targets(lengths, is_answer, 14) == [mark != "." for mark in marks]
+    assert sentence_targets(lengths, is_answer, 5) == [mark != "." for mark in marks[:5]]
 
 
 def test_tokenizer_without_offsets_is_refused(tokenizer):
