@@ -87,12 +87,20 @@ def nearest_reading(projector: Projector, state_dict: Mapping[str, Tensor]) -> R
     readings = []
     for prefix in _candidate_prefixes(state_dict):
         stripped = {key[len(prefix) :]: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
-        for weights in (stripped, projector.convert_original_state_dict(stripped)):
+        for weights in (stripped, *_converted(projector, stripped)):
             reading = _compare(weights, expected)
             if reading.num_unmatched == reading.num_misshapen == 0:
                 return reading
             readings.append(reading)
     return min(readings, key=lambda reading: reading[:2])
+
+
+def _converted(projector: Projector, stripped: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The reading as the original's keys; none where the converter meets tensors that the original does not have."""
+    try:
+        return [projector.convert_original_state_dict(stripped)]
+    except (IndexError, KeyError, RuntimeError, ValueError):  # what keys and shapes of somebody else's weights lead to
+        return []
 
 
 def _compare(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Reading:

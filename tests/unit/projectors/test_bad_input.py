@@ -129,6 +129,18 @@ def test_weights_are_recognised_by_their_keys(name, all_candidates, monkeypatch)
         assert name in names or registered in names, names
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (0,), (1, 2, 3)])
+@pytest.mark.parametrize("name", NAMES_WITH_WEIGHTS)
+def test_tensors_of_senseless_shapes_are_refused_like_all_others(name, shape):
+    """A converter that slices or joins tensors may meet any."""
+    selection = select_projector(name)
+    with torch.device("meta"):
+        projector = selection.build(selection.build_config(**CLIP_L_AND_7B))
+    weights = {key: torch.empty(shape, device="meta") for key in weights_of(name, original=True)}
+    with pytest.raises(ProjectorError, match="these weights"):
+        load_projector_state_dict(projector, weights)
+
+
 def test_weights_of_other_depth_are_recognised_as_near():
     selection = select_projector("qformer", {"num_hidden_layers": 10})
     with torch.device("meta"):
