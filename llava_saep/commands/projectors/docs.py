@@ -53,8 +53,9 @@ _ADDING = """\
 
 One file is a projector: a config whose fields are the options and whose `num_output_tokens` is arithmetic, and a
 module with `forward(features, grid)` and `reset_parameters()`. [projectors/README.md](../projectors/README.md) shows a
-complete one. Anywhere on your disk it is named as `path/to/file.py:Class`; in an installed package, by an entry point
-of the group `llava_saep.projectors`; in the folder `projectors/` it is registered by being there. Then:
+complete one. Anywhere on your disk it is named as `path/to/file.py:Class`; in an installed package
+([playground/examples/my_projector](../playground/examples/my_projector/README.md) is one), by an entry point of the
+group `llava_saep.projectors`; in the folder `projectors/` it is registered by being there. Then:
 
 ```bash
 llava-saep projectors check path/to/file.py:Class    # does it keep the contract?
