@@ -48,6 +48,9 @@ NON_LORA_FILES = ("non_lora_trainables.bin", "non_lora_trainables.safetensors")
 LANGUAGE_MODEL_TYPES = {"qwen": "qwen2", "mobilellama": "llama"}
 """What stands in `llava_<type>` or `Llava<Type>ForCausalLM` where it is not transformers' name for it."""
 
+OTHER_LAYOUTS = ("mpt",)
+"""Language models whose weights are not named `model.layers...`."""
+
 TOWER_PREFIX = "model.vision_tower.vision_tower."
 PROJECTOR_MARK = "mm_projector"
 NEWLINE = "model.image_newline"
@@ -164,7 +167,8 @@ def default_template(config: LlavaSaepConfig, tokenizer: Any) -> str:
 def _refuse_unsupported(path: Path, fields: Mapping[str, Any]) -> None:
     if fields.get("s2"):
         raise UserError(f"{path}/config.json has s2=true: images at several scales (S2) are not supported")
-    if _language_model_type(fields) not in CONFIG_MAPPING:
+    kind = _language_model_type(fields)
+    if kind not in CONFIG_MAPPING or kind in OTHER_LAYOUTS:
         raise UserError(
             f"{path}/config.json describes a {fields.get('model_type')!r} model ({fields.get('architectures')}), whose "
             "language model is not supported"
