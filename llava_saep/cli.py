@@ -28,7 +28,7 @@ COMMANDS = {
     "train": Command("llava_saep.commands.train", "train a model with LLaVA's flags, through the deepspeed launcher"),
     "chat": Command("llava_saep.commands.chat", "talk in the terminal with any saved model about images"),
     "eval": Command("llava_saep.commands.evaluate", "answer a file of questions and score the answers"),
-    "projectors": Command("llava_saep.commands.projectors", "list the projectors with their tokens and parameters"),
+    "projectors": Command("llava_saep.commands.projectors", "list, show, check, measure and document the projectors"),
     "convert": Command(
         "llava_saep.commands.convert", "write a saved model in LLaVA's or llava-hf's format, or in ours; merge, extract"
     ),

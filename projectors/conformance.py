@@ -250,7 +250,8 @@ def _check_metadata_is_complete(subject: _Subject) -> None:
     """Help texts, tables and docs are made from these."""
     spec = subject.spec
     _require(bool(spec.summary.strip()), "the registration has no summary")
-    _require(bool(inspect.getdoc(spec.module_class)), f"{spec.module_class.__name__} has no docstring")
+    # Its own: inspect.getdoc would take Projector's.
+    _require(bool(vars(spec.module_class).get("__doc__")), f"{spec.module_class.__name__} has no docstring")
     for info in describe_options(spec.config_class):
         _require(bool(info.help), f"option {info.name!r} has no help text; declare it with option(default, help)")
     if spec.provider == BUILT_IN:

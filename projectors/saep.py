@@ -187,7 +187,11 @@ class SpatialBlock(nn.Module):
         self.project = pointwise(channels, config, activate=False) if config.order == "pw_dw_pw" else nn.Identity()
 
     def forward(self, feature_map: Tensor, last_layer: Tensor) -> Tensor:
-        """Two maps whose sides the stride divides -> (B, block_channels, height / stride, width / stride)."""
+        """Maps whose sides the stride divides (last_layer's only where the shortcut reads it) -> the smaller map.
+
+        Returns:
+            (B, block_channels, height / stride, width / stride)
+        """
         if self.config.order == "dw_pw":
             block = self.fuse(self._add_pooled(self.spatial(feature_map), feature_map))
         elif self.config.order == "pw":
@@ -324,5 +328,7 @@ class SAEP(Projector):
         self.check_features(features, grid)
         feature_map, last_layer = self.aggregation(features, grid)
         stride = self.config.stride
-        block = self.block(pad_to_multiple(feature_map, stride), pad_to_multiple(last_layer, stride))
+        if self.config.shortcut == "last_layer_avgpool":
+            last_layer = pad_to_multiple(last_layer, stride)
+        block = self.block(pad_to_multiple(feature_map, stride), last_layer)
         return self.readout(map_to_tokens(block))

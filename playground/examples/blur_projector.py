@@ -34,6 +34,8 @@ class BlurConfig(ProjectorConfig):
     token_formula="H * W",
 )
 class BlurProjector(Projector):
+    """Average over window x window patches, then a Linear layer to the language model's width."""
+
     def __init__(self, config: BlurConfig) -> None:
         super().__init__(config)
         self.linear = nn.Linear(config.fused_hidden_size, config.text_hidden_size)
