@@ -14,7 +14,7 @@ import torch
 from llava_saep.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_saep.data import records as causes
 from llava_saep.data.collator import ConversationCollator
-from llava_saep.data.llava_conversation import conv_templates
+from llava_saep.data.conversation import Turn, segments_text
 from llava_saep.data.records import BadSampleError, parse_record
 from llava_saep.data.templates import conversation_template
 from llava_saep.data.tokenization import encode_prompt, encode_segments
@@ -178,13 +178,13 @@ def _is_no_caption(case):
 
 
 def _is_cut_before_its_answer(case):
-    """LLaVA finds nothing to learn within the length; in ChatML, where it never does, the first prompt fills it."""
-    if not case.is_chatml:
-        return case.line.get("label_spans") == [] and not case.line["mismatch"]
-    conversation = conv_templates[case.config["template"]].copy()
-    conversation.append_message(conversation.roles[0], case._read_turns()[0]["value"])
-    conversation.append_message(conversation.roles[1], None)
-    num_tokens = len(case.tokenizer(conversation.get_prompt()).input_ids)
+    """The first prompt fills the whole length of a text-only sample; in v0, LLaVA finds nothing to learn within it."""
+    if case.template.labels_by_sentence or case.template.single_exchange:
+        return case.line.get("label_spans") == []
+    first, question = case.raw["conversations"][0], Turn("user", case._read_turns()[0]["value"])
+    system = first["value"] if first["from"] == "system" else None
+    prompt = case.template.render([question], add_generation_prompt=True, system=system)
+    num_tokens = len(case.tokenizer(segments_text(prompt)).input_ids)
     return not case.images and num_tokens >= case.config["model_max_length"]
 
 
