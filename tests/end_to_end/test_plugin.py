@@ -54,7 +54,8 @@ class Environment:
         )
         here = sysconfig.get_path("purelib")
         # addsitedir rather than a bare path: it also follows the path files there, such as that of an editable install.
-        (self.site_packages / "beside.pth").write_text(f"import site; site.addsitedir({here!r})\n")
+        lines = [f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})", f"import site; site.addsitedir({here!r})"]
+        (self.site_packages / "beside.pth").write_text("\n".join(lines) + "\n")
 
     def run(self, *arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
         # PYTHONPATH is what each call says, or nothing: what is found is found because it is installed.
