@@ -10,7 +10,7 @@ from llava_saep.commands.projectors import SUBCOMMANDS
 from llava_saep.commands.projectors.flags import add_option_flag, add_size_flags, sizes_of
 from llava_saep.commands.projectors.text import columns, describe_sizes, layer_ranges, terminal_width, wrapped
 from llava_saep.errors import UserError
-from projectors import parse_projector_options, registered_presets, registered_projectors
+from projectors import load_plug_ins, parse_projector_options, registered_presets, registered_projectors
 
 HEADER = ("projector", "tokens", "parameters", "layers read")
 _MIN_SENTENCE_WIDTH = 44
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.names:
         rows = [describe_projector(name, sizes, options) for name in arguments.names]
     else:
-        # The presets last: those of installed packages are known when their projectors have been loaded.
+        load_plug_ins()  # for what installed packages register beside the names that they announce
         rows = describe_registered(registered_projectors(), sizes)
         rows = with_presets(rows, describe_registered(tuple(registered_presets()), sizes))
     if arguments.json:
