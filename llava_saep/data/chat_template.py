@@ -40,12 +40,14 @@ class ChatTemplate:
         lead: what the model writes before the text of an answer, such as a space, or an empty thinking block.
         ending: what it writes after it, its end-of-turn token last.
         stop_strings: an answer ends where one of these appears.
+        takes_system: a system message has a place in it.
     """
 
     tokenizer: Any
     lead: str
     ending: str
     stop_strings: tuple[str, ...]
+    takes_system: bool
     name: str = CHAT_TEMPLATE
     system: str = ""  # the template's own default is inside it
     image_marker: str = DEFAULT_IMAGE_TOKEN
@@ -71,7 +73,8 @@ class ChatTemplate:
             block_lead, ending = _generation_block(tokenizer, conversation)
             lead = min(lead, block_lead, key=len)  # SmolLM3's block begins with the assistant's header
         ending, stop = _end_of_turn(ending, tokenizer)
-        return cls(tokenizer=tokenizer, lead=lead, ending=ending, stop_strings=(stop,))
+        takes_system = _takes_system(tokenizer, conversation)
+        return cls(tokenizer=tokenizer, lead=lead, ending=ending, stop_strings=(stop,), takes_system=takes_system)
 
     def render(
         self, turns: Sequence[Turn], add_generation_prompt: bool = False, system: str | None = None
@@ -194,6 +197,14 @@ def _split_at_marks(text: str, num_marks: int) -> list[str]:
 
 def _interleaved(parts: Sequence[str], answers: Sequence[str]) -> list[str]:
     return [text for pair in zip(parts, [*answers, ""], strict=True) for text in pair]
+
+
+def _takes_system(tokenizer: Any, conversation: Sequence[Turn]) -> bool:
+    """Return whether a system message is neither refused nor passed over."""
+    try:
+        return _mark(1) in _rendered(tokenizer, _messages(conversation, _mark(1)))
+    except UserError:
+        return False
 
 
 def _generation_block(tokenizer: Any, conversation: Sequence[Turn]) -> tuple[str, str]:

@@ -154,6 +154,11 @@ class ConversationTemplate:
     labels_by_sentence: bool = False
     adds_bos: bool = True
 
+    @property
+    def takes_system(self) -> bool:
+        """Whether a system prompt has a place in it."""
+        return bool(self.system)
+
     def render(
         self, turns: Sequence[Turn], add_generation_prompt: bool = False, system: str | None = None
     ) -> list[Segment]:

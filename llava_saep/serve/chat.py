@@ -47,7 +47,7 @@ class ChatSession:
             UserError: the model's conversation template has no place for one.
         """
         template = self.predictor.template
-        if not template.system:
+        if not template.takes_system:
             raise UserError(f"the model's conversation template {template.name!r} has no place for a system prompt")
         self.messages = [{"role": "system", "content": text}]
 

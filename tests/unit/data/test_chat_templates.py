@@ -113,6 +113,7 @@ def test_answers_are_stripped_as_the_template_does(template, chat_tokenizer, fam
 
 def test_system_prompts_are_rendered_or_refused(template, chat_tokenizer, family):
     turns = _turns(1)
+    assert template.takes_system == FAMILIES[family].takes_system
     if not FAMILIES[family].takes_system:
         with pytest.raises(UserError, match="chat template refuses this conversation: .*[Ss]ystem|Only user and"):
             template.render_training(turns, "Be brief.")

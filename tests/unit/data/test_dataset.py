@@ -49,6 +49,19 @@ def test_images_follow_the_order_of_markers(make_dataset):
     assert blue.argmax() == 2
 
 
+def test_images_stand_where_their_markers_do(make_dataset, tokenizer):
+    """Several in a turn, between words, and in a later turn: none is collapsed or moved before the others."""
+    values = ["Is <image> like <image> or", "No.", "And this?\n<image>", "Yes."]
+    turns = [{"from": ("human", "gpt")[at % 2], "value": value} for at, value in enumerate(values)]
+    sample = make_dataset([{"image": ["red.png", "blue.png", "red.png"], "conversations": turns}])[0]
+    ids = sample["input_ids"].tolist()
+    starts = [at for at in range(len(ids)) if ids[at] == IMAGE_TOKEN_ID != ids[at - 1]]
+    between = [tokenizer.decode(ids[start + 16 : end]) for start, end in zip(starts, [*starts[1:], None], strict=True)]
+    texts = ["".join(text.split()) for text in between]
+    assert texts == ["like", "orASSISTANT:No.</s>USER:", "Andthis?ASSISTANT:Yes.</s>"]
+    assert sample["pixel_values"][:, :, 28, 28].argmax(dim=1).tolist() == [0, 2, 0]
+
+
 def test_text_only_sample_has_no_pixels(make_dataset):
     assert make_dataset([_record()])[0].keys() == {"input_ids", "labels"}
 

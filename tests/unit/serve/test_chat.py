@@ -16,7 +16,7 @@ class RecordingPredictor:
 
     def __init__(self):
         self.seen = []
-        self.template = SimpleNamespace(name="v1", system="A chat.")
+        self.template = SimpleNamespace(name="v1", takes_system=True)
 
     def stream(self, messages, options):
         self.seen.append(messages)
@@ -58,7 +58,7 @@ def test_clear_keeps_the_system_prompt(session):
 
 
 def test_template_without_system_prompt_refuses_one(session):
-    session.predictor.template.system = ""
+    session.predictor.template.takes_system = False
     assert "no place for a system prompt" in run(session, "/system Be brief.\n")
     assert session.messages == []
 
