@@ -3,7 +3,6 @@
 import argparse
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 from llava_saep.errors import UserError
 from projectors import ProjectorSelection, parse_projector_options, select_projector
@@ -34,10 +33,11 @@ def main(argv: Sequence[str]) -> int:
     # Imported here because they bring transformers, which takes seconds; --help shall not.
     from llava_saep.convert.checkpoint import DTYPES, Source
     from llava_saep.convert.run import convert
+    from llava_saep.model.formats import local_folder
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     source = Source(
-        folder=Path(arguments.input),
+        folder=local_folder(arguments.input),
         format=None if arguments.source_format == "auto" else arguments.source_format,
         model_base=arguments.model_base,
         vision_tower=arguments.vision_tower,
@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    result.add_argument("input", metavar="INPUT", help="folder with the saved model, projector or adapter")
+    result.add_argument("input", metavar="INPUT", help="folder or hub name of the saved model, projector or adapter")
     result.add_argument("output", metavar="OUTPUT", help="folder to write, or FILE.bin with --to projector")
     result.add_argument(
         "--from",

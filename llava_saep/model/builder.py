@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llava_saep.errors import UserError
-from llava_saep.model.formats import build_foreign_processor, detect_format, inspect_foreign_folder
+from llava_saep.model.formats import build_foreign_processor, detect_format, inspect_foreign_folder, local_folder
 from llava_saep.model.llava_format import LlavaFolder
 from llava_saep.model.loading import inspect_folder, load_model, load_processor
 from llava_saep.model.modeling_llava_saep import LlavaSaepForConditionalGeneration
@@ -34,8 +34,8 @@ def load_pretrained_model(
     """Load a saved model of any format, with LLaVA's arguments.
 
     Args:
-        model_path: folder of a whole model, of stage 1's projector, or of a LoRA adapter, in LLaVA's format, llava-hf's
-            or ours.
+        model_path: folder or hub name of a whole model, of stage 1's projector, or of a LoRA adapter, in LLaVA's
+            format, llava-hf's or ours.
         model_base: language model of a projector or adapter in LLaVA's format, where its config does not name it.
         model_name: not used: what a folder holds is decided from its files.
         load_8bit, load_4bit: not supported.
@@ -58,6 +58,7 @@ def load_pretrained_model(
     unknown = kwargs.keys() - {"attn_implementation", "vision_tower", "projector", "trust_projector_code"}
     if unknown:
         raise UserError(f"load_pretrained_model does not know {', '.join(sorted(unknown))}")
+    model_path = str(local_folder(model_path))
     base = _base(model_path, model_base or None)
     model = load_model(model_path, dtype=dtype, device=device, model_base=base, **kwargs)
     processor, stored_length = _processor(model_path, base, kwargs)

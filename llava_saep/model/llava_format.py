@@ -242,7 +242,7 @@ def _find_tower(path: Path, fields: Mapping[str, Any], vision_tower: str | None)
 def _beside(path: Path, name: str) -> str | None:
     """A folder of this name: from here, as LLaVA reads it; else in the model's folder or in those around it."""
     around = (Path(), path, *path.resolve().parents[:2])
-    return next((str(folder / name) for folder in around if (folder / name).is_dir()), None)
+    return next((str((folder / name).resolve()) for folder in around if (folder / name).is_dir()), None)
 
 
 def _extra_tokens(fields: Mapping[str, Any]) -> tuple[str, ...]:

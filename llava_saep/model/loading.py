@@ -20,6 +20,7 @@ from llava_saep.model.formats import (
     detect_format,
     inspect_foreign_folder,
     load_foreign_model,
+    read_base_config,
     refuse_parts,
 )
 from llava_saep.model.hf_format import HfFolder
@@ -133,7 +134,7 @@ def build_model(
     Raises:
         UserError, ProjectorError: a part is missing, unreadable, or does not fit the others.
     """
-    base_config = read_config(language_model, "--model_name_or_path")
+    base_config = read_base_config(language_model, "--model_name_or_path")
     if isinstance(base_config, LlavaSaepConfig):
         if mm_patch_merge_type is not None:
             base_config.mm_patch_merge_type = mm_patch_merge_type

@@ -21,6 +21,7 @@ from llava_saep.data.images import ImageProcessor, default_grid_pinpoints, parse
 from llava_saep.data.templates import conversation_template
 from llava_saep.errors import UserError
 from llava_saep.model import LlavaSaepConfig, LlavaSaepProcessor
+from llava_saep.model.formats import read_base_config
 from llava_saep.model.loading import (
     build_model,
     build_processor,
@@ -28,7 +29,6 @@ from llava_saep.model.loading import (
     find_projector_weights,
     load_processor,
     make_config,
-    read_config,
 )
 from llava_saep.model.parts import read_image_processor
 from llava_saep.model.projector_check import check_projector_weights
@@ -267,7 +267,7 @@ def _check_named_layers(model: ModelConfig, model_config: LlavaSaepConfig) -> No
 
 def _plan(config: RunConfig) -> tuple[LlavaSaepProcessor, LlavaSaepConfig]:
     model = config.model
-    base = read_config(model.language_model, "--model_name_or_path")
+    base = read_base_config(model.language_model, "--model_name_or_path")
     if isinstance(base, LlavaSaepConfig):
         return _plan_from_saved(config, base)
     if model.vision_tower is None:
