@@ -59,7 +59,10 @@ class ModelArguments:
             "chat_template for the tokenizer's own"
         },
     )
-    vision_tower: str | None = field(default=None, metadata={"help": "vision tower (folder or hub name)"})
+    vision_tower: str | None = field(
+        default=None,
+        metadata={"help": "vision tower (folder or hub name); several side by side with commas between them"},
+    )
     mm_projector_type: str | None = field(default=None, metadata={"help": "projector by name"})
     mm_projector_options: str | None = field(
         default=None, metadata={"help": "options of the projector: '{\"stride\": 3}' or stride=3,kernel_size=7"}

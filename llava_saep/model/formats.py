@@ -24,9 +24,8 @@ from llava_saep.model.llava_format import (
     read_llava_weights,
 )
 from llava_saep.model.modeling_llava_saep import LlavaSaepForConditionalGeneration
-from llava_saep.model.parts import read_image_processor
 from llava_saep.model.processing_llava_saep import LlavaSaepProcessor
-from llava_saep.model.reading import first_line, read_config, read_json_object
+from llava_saep.model.reading import first_line, read_config, read_image_processor, read_json_object
 from projectors import ProjectorSelection
 
 Format = Literal["own", "llava", "hf"]

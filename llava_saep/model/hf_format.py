@@ -21,8 +21,8 @@ from transformers import (
 
 from llava_saep.errors import UserError
 from llava_saep.model.configuration_llava_saep import LlavaSaepConfig
-from llava_saep.model.parts import build_tokenizer, loading_whole, read_image_processor
-from llava_saep.model.reading import UNREADABLE_CONFIG, UNREADABLE_WEIGHTS, first_line
+from llava_saep.model.parts import build_tokenizer, loading_whole
+from llava_saep.model.reading import UNREADABLE_CONFIG, UNREADABLE_WEIGHTS, first_line, read_image_processor
 from llava_saep.model.vision_tower import num_prefix_tokens
 from projectors import select_projector
 

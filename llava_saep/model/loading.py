@@ -26,13 +26,7 @@ from llava_saep.model.formats import (
 from llava_saep.model.hf_format import HfFolder
 from llava_saep.model.llava_format import LlavaFolder
 from llava_saep.model.modeling_llava_saep import LlavaSaepForConditionalGeneration, newline_std
-from llava_saep.model.parts import (
-    build_tokenizer,
-    language_model_weights,
-    loading_whole,
-    read_image_processor,
-    tower_weights,
-)
+from llava_saep.model.parts import build_tokenizer, language_model_weights, loading_whole, tower_weights
 from llava_saep.model.processing_llava_saep import LlavaSaepProcessor
 from llava_saep.model.projector_selection import remember_selection, selection_from_config, trusting_projector_code
 from llava_saep.model.reading import (
@@ -41,6 +35,7 @@ from llava_saep.model.reading import (
     find_full_weights,
     first_line,
     read_config,
+    read_image_processor,
     read_vision_config,
     read_weights_file,
 )

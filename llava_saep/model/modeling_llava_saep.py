@@ -79,7 +79,7 @@ class LlavaSaepModel(LlavaSaepPreTrainedModel, LlavaModel):
         projector = self.multi_modal_projector
         features = read_patch_features(
             self.vision_tower,
-            crops.to(self.vision_tower.dtype),
+            crops,
             projector.config.vision_layers,
             projector.config.keep_cls_token,
         )

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from transformers import (
-    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -17,6 +16,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 
 from llava_saep.constants import DEFAULT_IMAGE_TOKEN
 from llava_saep.errors import UserError
+from llava_saep.model.combined_towers import CombinedVisionConfig, split_tower_names
 from llava_saep.model.reading import UNREADABLE_WEIGHTS, first_line
 
 
@@ -54,8 +54,14 @@ def load_part(auto_class, path: str, config: PreTrainedConfig, flag: str, dtype:
 
 def tower_weights(path: str, config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, Tensor]:
     """Read a vision tower's weights, under the names that they have in the composed model; errors as `load_part`."""
-    tower = load_part(AutoModel, path, config, "--vision_tower", dtype)
-    return {f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
+    if not isinstance(config, CombinedVisionConfig):
+        tower = load_part(AutoModel, path, config, "--vision_tower", dtype)
+        return {f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
+    weights = {}
+    for index, (name, single) in enumerate(zip(split_tower_names(path), config.tower_configs, strict=True)):
+        state = load_part(AutoModel, name, single, "--vision_tower", dtype).state_dict()
+        weights |= {f"model.vision_tower.towers.{index}.{key}": tensor for key, tensor in state.items()}
+    return weights
 
 
 def language_model_weights(path: str, config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -68,18 +74,6 @@ def language_model_weights(path: str, config: PreTrainedConfig, dtype: torch.dty
     if not config.tie_word_embeddings:
         weights["lm_head.weight"] = language_model.get_output_embeddings().weight.data
     return weights
-
-
-def read_image_processor(vision_tower: str):
-    """Load a tower's image processor, with the PIL back end.
-
-    Raises:
-        UserError: the tower's folder has none.
-    """
-    try:
-        return AutoImageProcessor.from_pretrained(vision_tower, backend="pil")
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"the image processor of {vision_tower!r} cannot be loaded: {first_line(error)}") from error
 
 
 def build_tokenizer(language_model: str, extra_tokens: Sequence[str] = (), text_config: PreTrainedConfig | None = None):

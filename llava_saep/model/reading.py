@@ -10,9 +10,11 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig
 
+from llava_saep.data.images import processed_image_size
 from llava_saep.errors import UserError
+from llava_saep.model.combined_towers import combine_vision_configs, split_tower_names
 from llava_saep.model.vision_tower import num_prefix_tokens
 
 UNREADABLE_CONFIG = (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError)
@@ -48,11 +50,35 @@ def read_config(path: str, flag: str) -> PreTrainedConfig:
 
 
 def read_vision_config(path: str) -> PreTrainedConfig:
-    """Read the config of a vision tower; of a two-tower model (CLIP, SigLIP), its vision half."""
-    config = read_config(path, "--vision_tower")
-    config = getattr(config, "vision_config", config)
-    num_prefix_tokens(config)  # refuses a type that is no supported tower
-    return config
+    """Read the config of a vision tower; of a two-tower model (CLIP, SigLIP), its vision half.
+
+    Args:
+        path: folder or hub name, or several with commas between them: towers that stand side by side.
+    Raises:
+        UserError: nothing readable is there, no supported tower, or towers that do not fit each other.
+    """
+    names = split_tower_names(path)
+    configs = []
+    for name in names:
+        config = read_config(name, "--vision_tower")
+        configs.append(getattr(config, "vision_config", config))
+        num_prefix_tokens(configs[-1])  # refuses a type that is no supported tower
+    if len(names) == 1:
+        return configs[0]
+    processors = [read_image_processor(name) for name in names]
+    return combine_vision_configs(names, configs, processors, processed_image_size(processors[0]).height)
+
+
+def read_image_processor(vision_tower: str):
+    """Load a tower's image processor, with the PIL back end; of several towers side by side, the first one's.
+
+    Raises:
+        UserError: the tower's folder has none.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(split_tower_names(vision_tower)[0], backend="pil")
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"the image processor of {vision_tower!r} cannot be loaded: {first_line(error)}") from error
 
 
 def read_weights_file(path: Path) -> dict[str, Tensor]:

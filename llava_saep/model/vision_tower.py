@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llava_saep.errors import UserError
+from llava_saep.model.combined_towers import CombinedVisionConfig, CombinedVisionTowers
 
 PREFIX_TOKENS = {
     "clip_vision_model": 1,
@@ -24,9 +25,13 @@ PREFIX_TOKENS = {
 def num_prefix_tokens(vision_config: PreTrainedConfig) -> int:
     """Count the tokens before the first patch: CLIP 1, SigLIP 0, DINOv2 1, DINOv2 with registers 1 + 4.
 
+    Of several towers side by side, the fewest of any.
+
     Raises:
         UserError: the tower's model type is not known here.
     """
+    if isinstance(vision_config, CombinedVisionConfig):
+        return min(num_prefix_tokens(config) for config in vision_config.tower_configs)
     if vision_config.model_type not in PREFIX_TOKENS:
         known = ", ".join(sorted(PREFIX_TOKENS))
         raise UserError(f"vision tower of type {vision_config.model_type!r} is not supported; supported: {known}")
@@ -75,6 +80,10 @@ def is_frozen(module: nn.Module) -> bool:
 
 def unused_tower_parameters(tower: PreTrainedModel, layers: Sequence[int]) -> Iterator[nn.Parameter]:
     """Yield the parameters that take no part when only `layers` are read: deeper blocks and the final norm and head."""
+    if isinstance(tower, CombinedVisionTowers):
+        for single in tower.towers:
+            yield from unused_tower_parameters(single, layers)
+        return
     num_layers = tower.config.num_hidden_layers
     depth = max(resolve_layer(layer, num_layers) for layer in layers)
     found = find_layers(tower, num_layers)
@@ -93,15 +102,21 @@ def read_patch_features(
     """Run the tower as deep as the deepest layer asked for and return those layers' patch tokens.
 
     Args:
-        tower: a vision model of transformers; runs under no_grad when every parameter is frozen.
+        tower: a vision model of transformers; runs under no_grad when every parameter is frozen. Of several towers
+            side by side, each reads the layers in its own numbering, and their channels are joined.
         pixel_values: (images, 3, height, width).
         layers: indices into hidden_states, negative ones counted from the end.
         keep_cls_token: put the class token in front of the patches.
     Returns:
         one (images, patches (+1), channels) tensor per entry of `layers`.
     """
+    if isinstance(tower, CombinedVisionTowers):
+        inputs = zip(tower.towers, tower.inputs_of_towers(pixel_values), strict=True)
+        parts = [read_patch_features(single, pixels, layers, keep_cls_token) for single, pixels in inputs]
+        return [torch.cat(features, dim=2) for features in zip(*parts, strict=True)]
     num_layers = tower.config.num_hidden_layers
     absolute = [resolve_layer(layer, num_layers) for layer in layers]
+    pixel_values = pixel_values.to(tower.dtype)
     with run_only_to(tower, max(absolute)), torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(tower)):
         hidden_states = tower(pixel_values, output_hidden_states=sorted(set(absolute))).hidden_states
     prefix = num_prefix_tokens(tower.config)

@@ -21,6 +21,7 @@ from llava_saep.data.images import ImageProcessor, default_grid_pinpoints, parse
 from llava_saep.data.templates import conversation_template
 from llava_saep.errors import UserError
 from llava_saep.model import LlavaSaepConfig, LlavaSaepProcessor
+from llava_saep.model.combined_towers import split_tower_names
 from llava_saep.model.formats import read_base_config
 from llava_saep.model.loading import (
     build_model,
@@ -30,9 +31,9 @@ from llava_saep.model.loading import (
     load_processor,
     make_config,
 )
-from llava_saep.model.parts import read_image_processor
 from llava_saep.model.projector_check import check_projector_weights
 from llava_saep.model.projector_selection import remember_selection, selection_from_config, trusting_projector_code
+from llava_saep.model.reading import read_image_processor
 from llava_saep.model.vision_tower import unused_tower_parameters
 from llava_saep.train import checkpointing, distributed
 from llava_saep.train.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
@@ -429,8 +430,9 @@ def load_weights(model: ModelConfig, model_config: LlavaSaepConfig, arguments: T
 
 
 def _as_lasting_path(name_or_path: str) -> str:
-    path = Path(name_or_path)
-    return str(path.resolve()) if path.is_dir() else name_or_path
+    """Make the paths of folders absolute; of towers side by side, each."""
+    names = split_tower_names(name_or_path)
+    return ",".join(str(Path(name).resolve()) if Path(name).is_dir() else name for name in names)
 
 
 def choose_trainable(model: nn.Module, config: TrainingConfig, arguments: TrainingArguments) -> nn.Module:
