@@ -2,12 +2,16 @@
 
 import json
 import os
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from llava_saep.cli import main
+from llava_saep.commands.convert import EXAMPLES, parser
 from llava_saep.convert.checkpoint import Checkpoint, Source
 from llava_saep.convert.output import written_at_once
 from llava_saep.convert.run import convert
@@ -186,6 +190,24 @@ def test_llava_hf_folder_that_lacks_a_weight_is_refused(tmp_path, checkpoint):
 
 
 # The command
+
+
+def documented_commands():
+    text = (Path(__file__).parents[3] / "docs" / "checkpoints.md").read_text() + EXAMPLES
+    return sorted({line.split("  ")[0].strip() for line in re.findall(r"llava-saep convert .*", text)})
+
+
+@pytest.mark.parametrize("command", [line for line in documented_commands() if "`" not in line])
+def test_documented_commands_parse(command):
+    arguments = parser().parse_args(shlex.split(command)[2:])
+    assert arguments.input and arguments.output
+
+
+def test_help_names_every_format(capsys):
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in ("own", "llava", "hf")) and "--to projector" in text
 
 
 def test_command_converts_and_says_where_the_result_is(llava, tmp_path, capsys):

@@ -19,7 +19,7 @@ from tests.fixtures.training import logged
 CHECKPOINTS = Path(__file__).parents[2] / "golden" / "llava" / "checkpoints"
 
 
-@pytest.fixture(params=["llava", "hf"])
+@pytest.fixture(params=["llava", pytest.param("hf", marks=pytest.mark.slow)])
 def start(request, tmp_path):
     folder = CHECKPOINTS / "llava_tiny_v15"
     if request.param == "hf":
