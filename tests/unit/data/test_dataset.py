@@ -18,7 +18,7 @@ from llava_saep.data.records import BadSampleError
 from llava_saep.data.templates import conversation_template
 from llava_saep.errors import UserError
 
-from .conftest import IMAGE_TOKEN_ID
+from .conftest import IMAGE_TOKEN_ID, llama_tokenizer
 
 SAMPLE_DATA = Path(__file__).parents[3] / "playground" / "data" / "sample"
 
@@ -64,6 +64,22 @@ def test_images_stand_where_their_markers_do(make_dataset, tokenizer):
 
 def test_text_only_sample_has_no_pixels(make_dataset):
     assert make_dataset([_record()])[0].keys() == {"input_ids", "labels"}
+
+
+def test_a_marker_in_a_text_only_sample_is_text(make_dataset):
+    """Also where "<image>" is a token of the vocabulary, which the model would take for the place of an image."""
+    tokenizer = llama_tokenizer(legacy=False, add_bos_token=True)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    record = _record(question="What does <image> mean?", answer="It <image> means.")
+    dataset = make_dataset([record, _record("red.png")], tokenizer=tokenizer, image_token_id=image_token_id)
+    sample = dataset[0]
+    assert image_token_id not in sample["input_ids"]
+    assert "".join(tokenizer.decode(sample["input_ids"]).split()).count("<image>") == 2
+    targets = sample["labels"][sample["labels"] != IGNORE_INDEX]
+    assert tokenizer.decode(targets) == "It <image> means.</s>"
+    assert dataset.lengths == [len(dataset[index]["input_ids"]) for index in range(2)]
+    assert dataset.modality_lengths[0] < 0
 
 
 def test_token_count_comes_from_the_projector_and_the_processed_size(make_dataset):
