@@ -152,6 +152,10 @@ def _generation_config(folder: LlavaFolder | HfFolder) -> GenerationConfig | Non
             # What was written here for llava-hf suppresses rows that are taken out again.
             rows = folder.config.text_config.vocab_size
             found.suppress_tokens = [token for token in found.suppress_tokens or () if token < rows] or None
+            found.max_length = GenerationConfig().max_length  # the context's, of which every call would complain
+            if not found.do_sample:
+                # Vicuna's file sets them all the same, and such a file cannot be written today.
+                found.temperature = found.top_p = found.top_k = None
             return found
     return None
 

@@ -213,9 +213,8 @@ def _first_file(folder: Path, names: tuple[str, ...]) -> Path | None:
 
 
 def _find_base(path: Path, fields: Mapping[str, Any], kind: Kind, model_base: str | None) -> str:
-    named = model_base or fields.get("_name_or_path")
-    if not named and kind == "lora":
-        named = read_json_object(path / "adapter_config.json").get("base_model_name_or_path")
+    adapter = read_json_object(path / "adapter_config.json") if kind == "lora" else {}
+    named = model_base or adapter.get("base_model_name_or_path") or fields.get("_name_or_path")
     if not named:
         what = "a LoRA adapter" if kind == "lora" else "projector weights"
         raise UserError(f"{path} holds {what} and does not say of which language model; name it with --model_base")

@@ -10,6 +10,7 @@ from llava_saep.convert.checkpoint import Checkpoint, Source, load_checkpoint
 from llava_saep.convert.run import convert
 from llava_saep.convert.to_llava import write_llava
 from llava_saep.errors import UserError
+from llava_saep.model.llava_format import inspect_llava_folder
 from llava_saep.model.loading import build_model, build_processor, build_tokenizer, load_model, load_processor
 from projectors import projector_spec, registered_projectors, select_projector
 from tests.fixtures.tiny import write_bases
@@ -211,3 +212,27 @@ def test_extraction_from_a_model_without_its_projector_says_so(tmp_path, bases):
     with pytest.raises(UserError, match="does not fit the projector 'mlp'.*Missing: .*2.weight"):
         convert(Source(folder=folder), "projector", tmp_path / "projector")
     assert not (tmp_path / "projector").exists()
+
+
+def test_folder_as_the_hubs_has_it_goes_through_every_format(tmp_path, bases):
+    """liuhaotian/llava-v1.5-7b: model_type "llava", fields of generation in config.json, Vicuna's generation_config."""
+    folder = as_llava(build(bases), tmp_path / "llava")
+    fields = {"model_type": "llava", "_name_or_path": "llava-v1.5-7b", "max_length": 4096, "mm_resampler_type": None}
+    fields |= {"freeze_mm_vision_resampler": False, "image_grid_pinpoints": None, "unfreeze_mm_vision_tower": False}
+    (folder / "config.json").write_text(json.dumps({**fields_of(folder), **fields}))
+    generation = {"bos_token_id": 1, "eos_token_id": [2, 5], "max_length": 4096, "temperature": 0.9, "top_p": 0.6}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    for target in ("own", "llava", "hf"):
+        convert(Source(folder=folder), target, tmp_path / f"to-{target}")
+        loaded = load_model(tmp_path / f"to-{target}")
+        assert loaded.generation_config.eos_token_id == [2, 5]
+        assert not loaded.generation_config.do_sample
+
+
+def test_adapters_own_word_on_its_base_counts_before_the_configs(tmp_path, bases):
+    folder = as_llava(build(bases), tmp_path / "llava")
+    (folder / "model.safetensors").rename(folder / "non_lora_trainables.safetensors")
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": str(bases.language_model)}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    (folder / "config.json").write_text(json.dumps({**fields_of(folder), "_name_or_path": "another"}))
+    assert inspect_llava_folder(folder).base == str(bases.language_model)
