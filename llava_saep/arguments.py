@@ -113,6 +113,9 @@ class DataArguments:
             "in pixels; None: 1x2, 2x1, 2x2, 3x1 and 1x3 times the tower's input"
         },
     )
+    apply_exif_orientation: bool = field(
+        default=False, metadata={"help": "turn images as their EXIF tags say (released LLaVA models saw them unturned)"}
+    )
     on_bad_sample: Literal["error", "skip"] = field(
         default="error", metadata={"help": "a record that cannot be used stops the run, or is counted and skipped"}
     )
@@ -500,6 +503,7 @@ def _data_config(flags: argparse.Namespace) -> DataConfig:
         data_path=_require(flags, "data_path", "a JSON file of LLaVA records"),
         image_folder=flags.image_folder,
         image_aspect_ratio=flags.image_aspect_ratio,
+        apply_exif_orientation=flags.apply_exif_orientation,
         conversation_template=_template_name(flags.version),
         max_length=flags.model_max_length,
         on_bad_sample=flags.on_bad_sample,

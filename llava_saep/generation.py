@@ -18,7 +18,7 @@ from llava_saep.data.tokenization import encode_prompt
 from llava_saep.errors import UserError
 from llava_saep.model.loading import inspect_folder, load_model, load_processor
 from llava_saep.model.modeling_llava_saep import LlavaSaepForConditionalGeneration
-from llava_saep.model.processing_llava_saep import LlavaSaepProcessor, load_images, pad_rows
+from llava_saep.model.processing_llava_saep import LlavaSaepProcessor, pad_rows
 
 Message = dict[str, Any]
 """`{"role": "system"|"user"|"assistant", "content": str | [{"type": "text", "text"} | {"type": "image", "image"}]}`."""
@@ -184,7 +184,7 @@ class Predictor:
     def _prompt(self, messages: Sequence[Message]) -> _Prompt:
         """Render and tokenise one conversation."""
         turns, given_images, system = parse_messages(messages)
-        images = load_images(given_images)
+        images = self.processor.load_images(given_images)
         if not turns or turns[-1].role != "user":
             raise UserError("a conversation must end with a user's message, so that there is something to answer")
         marker = self.template.image_marker

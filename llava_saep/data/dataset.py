@@ -83,6 +83,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         max_length: int,
         image_grid_pinpoints: GridPinpoints = (),
         num_anyres_tokens: Callable[[ImageSize, ImageSize], int] | None = None,
+        apply_exif_orientation: bool = False,
         on_bad_sample: OnBadSample = "error",
         use_im_start_end: bool = False,
     ) -> None:
@@ -95,6 +96,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
             max_length: longest sample in tokens, images included; the rest is cut off on the right.
             image_grid_pinpoints: with aspect ratio "anyres", what an image may be brought to before it is cut.
             num_anyres_tokens: with "anyres", tokens of an image by its size and that of one crop.
+            apply_exif_orientation: turn images as their EXIF tags say. LLaVA does not.
             on_bad_sample: "error" raises at the first sample that cannot be used, "skip" goes on without it.
         Raises:
             UserError: the file cannot be read, an option is unknown, no sample can be used, or (with "error") a
@@ -111,6 +113,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         self.image_processor = image_processor
         self.image_aspect_ratio = image_aspect_ratio
         self.image_grid_pinpoints = image_grid_pinpoints
+        self.apply_exif_orientation = apply_exif_orientation
         self.template = template
         self.image_token_id = image_token_id
         self.max_length = max_length
@@ -325,14 +328,16 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
 
     def _load_pixels(self, record: Record, name: str) -> Tensor:
         try:
-            image = load_image(os.path.join(self.image_folder, name))
+            path = os.path.join(self.image_folder, name)
+            image = load_image(path, apply_exif_orientation=self.apply_exif_orientation)
             return preprocess_image(image, self.image_processor, self.image_aspect_ratio, self.image_grid_pinpoints)
         except UserError as error:
             raise bad_sample(record.source, UNREADABLE_IMAGE, str(error)) from error
 
     def _read_size(self, record: Record, name: str) -> ImageSize:
         try:
-            return read_image_size(os.path.join(self.image_folder, name))
+            path = os.path.join(self.image_folder, name)
+            return read_image_size(path, apply_exif_orientation=self.apply_exif_orientation)
         except UserError as error:
             raise bad_sample(record.source, UNREADABLE_IMAGE, str(error)) from error
 

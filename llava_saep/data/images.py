@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from llava_saep.errors import UserError
@@ -81,18 +81,28 @@ def load_image(path: str | os.PathLike[str], *, apply_exif_orientation: bool = F
 
     def load(image: Image.Image) -> Image.Image:
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image) if apply_exif_orientation else image)
+        return _to_rgb(turn_upright(image) if apply_exif_orientation else image)
 
     return _with_opened(path, load)
 
 
-def read_image_size(path: str | os.PathLike[str]) -> ImageSize:
+def turn_upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF tag says; one without a tag stays as it is."""
+    return ImageOps.exif_transpose(image)
+
+
+def read_image_size(path: str | os.PathLike[str], *, apply_exif_orientation: bool = False) -> ImageSize:
     """Read an image's size from the head of its file, as `load_image` would find it.
 
     Raises:
         UserError: as `load_image`, as far as the head of the file shows it.
     """
-    return _with_opened(path, lambda image: ImageSize(image.height, image.width))
+
+    def read(image: Image.Image) -> ImageSize:
+        is_on_its_side = apply_exif_orientation and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return ImageSize(image.width, image.height) if is_on_its_side else ImageSize(image.height, image.width)
+
+    return _with_opened(path, read)
 
 
 def _with_opened(path: str | os.PathLike[str], read: Callable[[Image.Image], T]) -> T:

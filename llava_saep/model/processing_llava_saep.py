@@ -10,7 +10,14 @@ from transformers.processing_utils import ProcessorMixin
 
 from llava_saep.constants import DEFAULT_IMAGE_TOKEN
 from llava_saep.data.chat_template import CHAT_TEMPLATE, check_has_template
-from llava_saep.data.images import ImageSize, load_image, parse_grid_pinpoints, preprocess_image, processed_image_size
+from llava_saep.data.images import (
+    ImageSize,
+    load_image,
+    parse_grid_pinpoints,
+    preprocess_image,
+    processed_image_size,
+    turn_upright,
+)
 from llava_saep.data.jinja_form import jinja_form
 from llava_saep.data.tokenization import encode_prompt
 from llava_saep.errors import UserError
@@ -33,6 +40,7 @@ class LlavaSaepProcessor(ProcessorMixin):
         image_aspect_ratio: "square" (resize the short side, crop the centre), "pad" (pad to a square first) or "anyres"
             (cut into crops).
         mm_patch_merge_type, image_grid_pinpoints: how images are cut and put together, as in `LlavaSaepConfig`.
+        apply_exif_orientation: turn images as their EXIF tags say, as the training data were. LLaVA does not.
         conversation_template: name in llava_saep.data.templates with which the model was trained; with
             "chat_template" the tokenizer's own serves the processor as well.
     """
@@ -52,6 +60,7 @@ class LlavaSaepProcessor(ProcessorMixin):
         conversation_template: str = "v1",
         mm_patch_merge_type: str = "flat",
         image_grid_pinpoints: Sequence[Sequence[int]] | None = None,
+        apply_exif_orientation: bool = False,
         chat_template: str | None = None,
         **kwargs,
     ):
@@ -64,6 +73,7 @@ class LlavaSaepProcessor(ProcessorMixin):
         self.conversation_template = conversation_template
         self.mm_patch_merge_type = mm_patch_merge_type
         self.image_grid_pinpoints = image_grid_pinpoints
+        self.apply_exif_orientation = apply_exif_orientation
         self.image_token = DEFAULT_IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)
         if conversation_template == CHAT_TEMPLATE:
@@ -120,6 +130,20 @@ class LlavaSaepProcessor(ProcessorMixin):
         """Count the tokens of a preprocessed image, or of one crop, of `height` x `width` pixels."""
         return self.image_tokens.num_tokens_of_view(ImageSize(height, width))
 
+    def load_images(self, images: Sequence[Image.Image | str]) -> list[Image.Image]:
+        """Read what is given by its path, and turn all upright where the training data were.
+
+        Raises:
+            UserError: a file is missing or is not a readable image.
+        """
+
+        def load(image: Image.Image | str) -> Image.Image:
+            if not isinstance(image, Image.Image):
+                return load_image(image, apply_exif_orientation=self.apply_exif_orientation)
+            return turn_upright(image) if self.apply_exif_orientation else image
+
+        return [load(image) for image in images]
+
     def count_tokens(self, images: Sequence[Image.Image]) -> list[int]:
         """Count the tokens of each image as it is, before preprocessing."""
         view = processed_image_size(self.image_processor)
@@ -138,7 +162,7 @@ class LlavaSaepProcessor(ProcessorMixin):
         pinpoints = parse_grid_pinpoints(self.image_grid_pinpoints)
         pixels = [
             preprocess_image(image, self.image_processor, self.image_aspect_ratio, pinpoints)
-            for image in load_images(images)
+            for image in self.load_images(images)
         ]
         return pixels if self.image_aspect_ratio == "anyres" else torch.stack(pixels)
 
@@ -148,7 +172,7 @@ class LlavaSaepProcessor(ProcessorMixin):
         Raises:
             UserError: a file is missing or is not a readable image.
         """
-        images = load_images(images)
+        images = self.load_images(images)
         inputs: dict[str, Any] = {"pixel_values": self.preprocess_images(images)}
         if self.image_aspect_ratio == "anyres":
             inputs["image_sizes"] = torch.tensor([(image.height, image.width) for image in images])
@@ -182,7 +206,7 @@ class LlavaSaepProcessor(ProcessorMixin):
         data: dict[str, Any] = {}
         counts: list[int] = []
         if flat_images:
-            flat_images = load_images(flat_images)
+            flat_images = self.load_images(flat_images)
             data |= self.image_inputs(flat_images)
             counts = self.count_tokens(flat_images)
         rows = []
@@ -194,11 +218,6 @@ class LlavaSaepProcessor(ProcessorMixin):
         # Stacks of crops differ in number and stay a list.
         as_they_are = ["pixel_values"] if isinstance(data.get("pixel_values"), list) else None
         return BatchFeature(data=data, tensor_type=return_tensors, skip_tensor_conversion=as_they_are)
-
-
-def load_images(images: Sequence[Image.Image | str]) -> list[Image.Image]:
-    """Read what is given by its path; raises a UserError for a file that is missing or no image."""
-    return [image if isinstance(image, Image.Image) else load_image(image) for image in images]
 
 
 def _flatten(images: Any) -> list:

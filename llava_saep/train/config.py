@@ -54,12 +54,14 @@ class DataConfig:
 
     Args:
         conversation_template: a name of `llava_saep.data.templates`.
+        apply_exif_orientation: turn images as their EXIF tags say; LLaVA does not.
         max_length: tokens of one sample, image tokens included; what is longer is cut.
     """
 
     data_path: str
     image_folder: str | None
     image_aspect_ratio: AspectRatio = "square"
+    apply_exif_orientation: bool = False
     conversation_template: str = "v1"
     max_length: int = 512
     on_bad_sample: Literal["error", "skip"] = "error"

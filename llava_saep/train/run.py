@@ -247,6 +247,7 @@ def plan_model(config: RunConfig) -> tuple[LlavaSaepProcessor, LlavaSaepConfig]:
             it shall start from are not its own.
     """
     processor, model_config = _plan(config)
+    processor.apply_exif_orientation = config.data.apply_exif_orientation
     _check_named_layers(config.model, model_config)
     side = model_config.vision_config.image_size
     model_config.num_image_tokens(model_config.patch_grid(side, side))  # refuses layers and grids that cannot be
@@ -388,6 +389,7 @@ def build_dataset(
         max_length=config.max_length,
         image_grid_pinpoints=parse_grid_pinpoints(model_config.image_grid_pinpoints),
         num_anyres_tokens=model_config.image_tokens.num_tokens,
+        apply_exif_orientation=config.apply_exif_orientation,
         on_bad_sample=config.on_bad_sample,
     )
 

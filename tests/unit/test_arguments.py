@@ -99,13 +99,13 @@ def test_published_lora_script_parses_into_adapters_with_the_projectors_own_rate
 def test_own_flags_change_only_on_purpose():
     """A frozen list: people's scripts depend on these names, so a new or missing one is a visible decision."""
     assert " ".join(own_flags()) == (
-        "attn_implementation bits cache_dir data_path double_quant freeze_backbone freeze_mm_mlp_adapter "
-        "group_by_modality_length image_aspect_ratio image_folder image_grid_pinpoints is_multimodal lazy_preprocess "
-        "lora_alpha lora_bias lora_dropout lora_enable lora_r lora_weight_path mm_patch_merge_type mm_projector_lr "
-        "mm_projector_options mm_projector_type mm_use_im_patch_token mm_use_im_start_end mm_vision_select_feature "
-        "mm_vision_select_layer model_max_length model_name_or_path mpt_attn_impl on_bad_sample optim "
-        "pretrain_mm_mlp_adapter quant_type remove_unused_columns report_to resume trust_projector_code "
-        "tune_mm_mlp_adapter unfreeze_mm_vision_tower version vision_tower"
+        "apply_exif_orientation attn_implementation bits cache_dir data_path double_quant freeze_backbone "
+        "freeze_mm_mlp_adapter group_by_modality_length image_aspect_ratio image_folder image_grid_pinpoints "
+        "is_multimodal lazy_preprocess lora_alpha lora_bias lora_dropout lora_enable lora_r lora_weight_path "
+        "mm_patch_merge_type mm_projector_lr mm_projector_options mm_projector_type mm_use_im_patch_token "
+        "mm_use_im_start_end mm_vision_select_feature mm_vision_select_layer model_max_length model_name_or_path "
+        "mpt_attn_impl on_bad_sample optim pretrain_mm_mlp_adapter quant_type remove_unused_columns report_to resume "
+        "trust_projector_code tune_mm_mlp_adapter unfreeze_mm_vision_tower version vision_tower"
     )
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from llava_saep.data.images import ImageSize, default_grid_pinpoints, load_image, preprocess_image, select_tile_grid
 from llava_saep.data.records import BadSampleError
@@ -83,3 +83,14 @@ def test_pinpoint_that_cannot_be_tiled_is_refused_before_any_sample_is_read(make
             image_grid_pinpoints=pinpoints,
             num_anyres_tokens=lambda original, view: 10 * sum(select_tile_grid(original, view, pinpoints)),
         )
+
+
+def test_photo_on_its_side_is_counted_and_cut_as_it_will_be_seen(make_cut_dataset, tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (168, 50), "green").save(tmp_path / "sideways.jpg", exif=exif)
+    plain = make_cut_dataset([_record("sideways.jpg")])[0]
+    turned = make_cut_dataset([_record("sideways.jpg")], apply_exif_orientation=True)[0]
+    assert plain["image_sizes"].tolist() == [[50, 168]]
+    assert turned["image_sizes"].tolist() == [[168, 50]]
+    assert (turned["input_ids"] == IMAGE_TOKEN_ID).sum() == 10 * len(turned["pixel_values"][0])

@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngImageFile
 from transformers import BitImageProcessorPil, SiglipImageProcessorPil
 
@@ -55,6 +55,18 @@ def test_exif_orientation_is_applied_only_on_request():
     path = GOLDEN / "images" / "exif_rot6.jpg"
     assert load_image(path).size == (90, 60)
     assert load_image(path, apply_exif_orientation=True).size == (60, 90)
+    assert read_image_size(path) == ImageSize(height=60, width=90)
+    assert read_image_size(path, apply_exif_orientation=True) == ImageSize(height=90, width=60)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_size_in_the_head_is_that_of_the_image_turned_upright(tmp_path, orientation):
+    path = tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.new("RGB", (40, 20)).save(path, exif=exif)
+    upright = load_image(path, apply_exif_orientation=True)
+    assert read_image_size(path, apply_exif_orientation=True) == ImageSize(upright.height, upright.width)
 
 
 def test_modes_are_converted_before_padding(image_processor):

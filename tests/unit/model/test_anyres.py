@@ -7,7 +7,7 @@ import logging
 
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import load_file, save_file
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
@@ -322,3 +322,16 @@ def test_processor_counts_what_the_model_makes(predictor):
         output = predictor.model(**inputs)
     assert len(output.image_hidden_states) == num_placeholders == sum(predictor.processor.count_tokens(images))
     assert inputs["image_sizes"].tolist() == [list(size) for size in SIZES[:3]]
+
+
+def test_processor_turns_photos_as_the_training_data_were(predictor, tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (90, 37), "red").save(tmp_path / "sideways.jpg", exif=exif)
+    processor = predictor.processor
+    for is_turned, size in ((False, [37, 90]), (True, [90, 37])):
+        processor.apply_exif_orientation = is_turned
+        processor.save_pretrained(tmp_path / "processor")
+        loaded = load_processor(tmp_path / "processor")
+        for image in (str(tmp_path / "sideways.jpg"), Image.open(tmp_path / "sideways.jpg")):
+            assert loaded.image_inputs([image])["image_sizes"].tolist() == [size]
