@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,14 +25,16 @@ def convert(source: Source, target: Target, output: str | Path) -> None:
         UserError, ProjectorError: the source cannot be read, the target has no place for it, or the output exists.
     """
     output = Path(output)
-    check_format(source)
+    found = check_format(source)
     refuse_existing(output)
     if output.resolve().is_relative_to(source.folder.resolve()):
         raise UserError(f"{output} lies inside {source.folder}; name an output outside of what is read")
     if target == "projector":
         extract_projector(source, output)
         return
-    checkpoint = load_checkpoint(source)
+    # Only LLaVA's folders are read with the help of a name for the tower; here it is what LLaVA's config shall say.
+    only_written = target == "llava" and found != "llava"
+    checkpoint = load_checkpoint(replace(source, vision_tower=None) if only_written else source)
     if target == "hf":
         refuse_unrepresentable(checkpoint.model.config)
     with trusting_projector_code(source.trust_projector_code), written_at_once(output) as partial:

@@ -21,6 +21,7 @@ from transformers import (
 from llava_saep.convert.checkpoint import Checkpoint, untied_state_dict
 from llava_saep.convert.tokenizer_files import copy_sentencepiece
 from llava_saep.errors import UserError
+from llava_saep.model.combined_towers import CombinedVisionConfig
 from llava_saep.model.configuration_llava_saep import LlavaSaepConfig
 from llava_saep.model.hf_format import MODEL_CLASSES, PLACEHOLDER_ROWS, PROJECTOR_LAYERS, exchange_sides
 from llava_saep.model.vision_tower import num_prefix_tokens
@@ -38,6 +39,8 @@ def refuse_unrepresentable(config: LlavaSaepConfig) -> None:
             f"llava-hf's format knows one projector, the MLP of two layers (mlp2x_gelu), and this model has {name} "
             f"with {projector.options()}; write it with --to own or --to llava"
         )
+    if isinstance(config.vision_config, CombinedVisionConfig):
+        raise UserError("llava-hf's format has one vision tower, and this model has several; write it with --to own")
     if num_prefix_tokens(config.vision_config) > 1:
         raise UserError(
             f"llava-hf's format drops one token before the patches, but a {config.vision_config.model_type} tower has "

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from llava_saep.convert.checkpoint import Checkpoint, untied_state_dict
 from llava_saep.convert.tokenizer_files import save_without_placeholder
 from llava_saep.errors import UserError
+from llava_saep.model.combined_towers import CombinedVisionConfig, split_tower_names
 from llava_saep.model.configuration_llava_saep import LlavaSaepConfig
 from llava_saep.model.llava_format import NEWLINE, TOWER_PREFIX, selection_from_fields
 from llava_saep.model.parts import tower_weights
@@ -89,7 +90,7 @@ def _name_tower(checkpoint: Checkpoint, vision_tower: str | None, tower: dict[st
         UserError: a tower was named that is another one.
     """
     named = vision_tower or checkpoint.model.config.vision_tower_name_or_path
-    if named is None or (vision_tower is None and Path(named).is_absolute() and not Path(named).is_dir()):
+    if named is None or (vision_tower is None and _is_gone(named)):
         return None, False
     try:
         vision_config = read_vision_config(named)
@@ -104,7 +105,12 @@ def _name_tower(checkpoint: Checkpoint, vision_tower: str | None, tower: dict[st
         return None, False
     there = tower_weights(named, vision_config, checkpoint.model.dtype)
     is_same = there.keys() == tower.keys() and all(torch.equal(there[name], tower[name]) for name in tower)
-    return (str(Path(named).resolve()) if Path(named).is_dir() else named), is_same
+    return ",".join(str(Path(n).resolve()) if Path(n).is_dir() else n for n in split_tower_names(named)), is_same
+
+
+def _is_gone(named: str) -> bool:
+    """Whether a tower, or one of several, was in a folder that is no longer there."""
+    return any(Path(name).is_absolute() and not Path(name).is_dir() for name in split_tower_names(named))
 
 
 def _architecture(config: PreTrainedConfig) -> tuple:
@@ -113,6 +119,11 @@ def _architecture(config: PreTrainedConfig) -> tuple:
 
 
 def _write_tower(checkpoint: Checkpoint, folder: Path) -> None:
+    if isinstance(checkpoint.model.config.vision_config, CombinedVisionConfig):
+        raise UserError(
+            "the folders that the model's vision towers came from are gone, and LLaVA's format has to name them; say "
+            "where they are with --vision_tower"
+        )
     checkpoint.model.model.vision_tower.save_pretrained(folder)
     checkpoint.processor.image_processor.save_pretrained(folder)
 

@@ -21,6 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from llava_saep.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava_saep.data.images import parse_grid_pinpoints
 from llava_saep.errors import UserError
+from llava_saep.model.combined_towers import split_tower_names
 from llava_saep.model.configuration_llava_saep import LlavaSaepConfig
 from llava_saep.model.parts import build_tokenizer, language_model_weights, loading_whole, tower_weights
 from llava_saep.model.projector_selection import remember_selection, selection_from_config
@@ -225,7 +226,7 @@ def _find_tower(path: Path, fields: Mapping[str, Any], vision_tower: str | None)
     named = vision_tower or fields.get("mm_vision_tower")
     if not named:
         raise UserError(f"{path}/config.json names no mm_vision_tower; name the tower with --vision_tower")
-    found = _beside(path, str(named)) or str(named)
+    found = ",".join(_beside(path, name) or name for name in split_tower_names(str(named)))
     try:
         read_vision_config(found)
     except UserError as error:
