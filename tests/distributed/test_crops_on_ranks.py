@@ -7,7 +7,7 @@ import pytest
 
 from llava_saep.model.loading import load_model
 from tests.fixtures.ranks import train_on_ranks
-from tests.fixtures.tiny import write_data, write_image
+from tests.fixtures.tiny import write_data, write_image, write_vision_tower
 from tests.fixtures.training import deepspeed_json, logged, training_flags
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
@@ -16,7 +16,11 @@ TOLERANCE = 1e-5
 """Sums in float32 in another order differ by a few units in the last place: about 1e-6 for losses near 6."""
 
 CUTTING = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad", "model_max_length": 1024}
-KINDS = {"full": {}, "projector": {"tune_mm_mlp_adapter": True}}
+KINDS = {
+    "full": {},
+    "projector": {"tune_mm_mlp_adapter": True},
+    "two_towers": {"unfreeze_mm_vision_tower": True, "gradient_checkpointing": True},
+}
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +34,23 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(bases, data, tmp_path_factory):
+def bases_of(bases, tmp_path_factory):
+    """The usual bases, or for "two_towers" a second tower beside the first."""
+    second = write_vision_tower(tmp_path_factory.mktemp("second"), num_layers=3, seed=1)
+    pair = bases._replace(vision_tower=f"{bases.vision_tower},{second}")
+    return lambda kind: pair if kind == "two_towers" else bases
+
+
+@pytest.fixture(scope="module")
+def alone(bases_of, data, tmp_path_factory):
     """Losses and gradient norms of one process without DeepSpeed, by what it trains."""
 
     @functools.cache
     def run(kind):
         output_dir = tmp_path_factory.mktemp(f"alone_{kind}")
-        flags = training_flags(bases, data, output_dir, per_device_train_batch_size=2, **CUTTING, **KINDS[kind])
+        flags = training_flags(
+            bases_of(kind), data, output_dir, per_device_train_batch_size=2, **CUTTING, **KINDS[kind]
+        )
         train_on_ranks(flags, world_size=1, output_dir=output_dir)
         return logged(output_dir, "loss"), logged(output_dir, "grad_norm")
 
@@ -48,12 +62,12 @@ def alone(bases, data, tmp_path_factory):
     [
         ("full", 3),
         ("projector", 2),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("full", 2), ("projector", 3))),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("full", 2), ("projector", 3), ("two_towers", 3))),
     ],
 )
-def test_training_on_crops_equals_one_process(kind, stage, alone, bases, data, tmp_path):
+def test_training_on_crops_equals_one_process(kind, stage, alone, bases_of, data, tmp_path):
     flags = training_flags(
-        bases,
+        bases_of(kind),
         data,
         tmp_path,
         deepspeed=deepspeed_json(stage),
