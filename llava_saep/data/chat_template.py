@@ -14,7 +14,7 @@ from jinja2.exceptions import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from llava_saep.constants import DEFAULT_IMAGE_TOKEN
-from llava_saep.data.conversation import Segment, Turn
+from llava_saep.data.conversation import MMTAG_IMAGE_MARKER, Segment, Turn
 from llava_saep.errors import UserError
 
 CHAT_TEMPLATE = "chat_template"
@@ -128,10 +128,18 @@ class ChatTemplate:
 
 
 def check_has_template(tokenizer: Any) -> None:
-    """Raise UserError unless the tokenizer has a chat template, a single one."""
+    """Raise UserError unless the tokenizer has a chat template of its own, and a single one.
+
+    In a folder that a run saved, the tokenizer's file holds what the processor asks with: after training with one of
+    LLaVA's templates that is its Jinja form.
+    """
     template = getattr(tokenizer, "chat_template", None)
-    if not isinstance(template, str):
+    is_llavas = isinstance(template, str) and template.startswith(
+        (flattening(DEFAULT_IMAGE_TOKEN), flattening(MMTAG_IMAGE_MARKER))
+    )
+    if not isinstance(template, str) or is_llavas:
         found = "several chat templates" if template else "no chat template"
+        found = "no chat template but that of an earlier run's --version" if is_llavas else found
         source = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         raise UserError(
             f"--version {CHAT_TEMPLATE}: the tokenizer {source} has {found}; name one of LLaVA's templates instead, "

@@ -180,6 +180,8 @@ def _with_template(chat_template):
 @pytest.mark.parametrize(
     ("chat_template", "message"),
     [
+        (jinja_form("plain"), "has no chat template but that of an earlier run's --version"),
+        (jinja_form("v1_mmtag"), "has no chat template but that of an earlier run's --version"),
         (None, "has no chat template; name one of LLaVA's templates instead, such as --version v1"),
         ({"default": "a", "tool_use": "b"}, "has several chat templates"),
         ("{% for message in messages %}{{ message['content'] }}{% endfor %}", "nothing after an answer"),
