@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from llava_saep.constants import DEFAULT_IMAGE_TOKEN
+from llava_saep.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava_saep.data.conversation import Turn
 from llava_saep.data.images import processed_image_size
 from llava_saep.data.templates import AnyTemplate, conversation_template
@@ -188,6 +188,8 @@ class Predictor:
         if not turns or turns[-1].role != "user":
             raise UserError("a conversation must end with a user's message, so that there is something to answer")
         marker = self.template.image_marker
+        if self.model.config.mm_use_im_start_end:
+            marker = DEFAULT_IM_START_TOKEN + marker + DEFAULT_IM_END_TOKEN
         turns = [turn._replace(text=turn.text.replace(DEFAULT_IMAGE_TOKEN, marker)) for turn in turns]
         segments = self.template.render(turns, add_generation_prompt=True, system=system)
         input_ids = encode_prompt(

@@ -293,3 +293,27 @@ def test_llava_hf_folder_answers_like_the_llava_folder_that_it_came_from(tmp_pat
     folders = (CHECKPOINTS / "llava_tiny_v16", tmp_path / "hf")
     first, second = (Predictor.from_pretrained(path, device="cpu").generate([messages], options) for path in folders)
     assert first == second
+
+
+def test_images_are_marked_as_the_model_was_trained_where_it_knows_im_start_and_im_end(monkeypatch, images):
+    """LLaVA's scripts write <im_start><image><im_end> themselves; Predictor does it for its messages."""
+    predictor = Predictor.from_pretrained(CHECKPOINTS / "llava_tiny_v15", device="cpu")
+    tokenizer = predictor.processor.tokenizer
+    tokenizer.add_tokens(["<im_start>", "<im_end>"], special_tokens=True)
+    predictor.model.resize_token_embeddings(len(tokenizer))
+    seen = []
+    own_generate = type(predictor.model).generate
+
+    def recording(*arguments, **kwargs):
+        seen.append(kwargs["input_ids"][0].tolist())
+        return own_generate(predictor.model, *arguments, **kwargs)
+
+    monkeypatch.setattr(predictor.model, "generate", recording)
+    for is_marked in (False, True):
+        predictor.model.config.mm_use_im_start_end = is_marked
+        predictor.generate([asking_for_colour(images[0])], GenerationOptions(max_new_tokens=1))
+    plain, marked = seen
+    start, end = tokenizer.convert_tokens_to_ids(["<im_start>", "<im_end>"])
+    placeholder = predictor.model.config.image_token_id
+    assert start not in plain and placeholder in plain
+    assert marked[marked.index(start) + 1 : marked.index(end)] == [placeholder] * 16
