@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llava_saep.errors import UserError
@@ -16,12 +19,16 @@ from llava_saep.model.loading import inspect_folder, load_model, load_processor
 from llava_saep.model.modeling_llava_saep import LlavaSaepForConditionalGeneration
 from llava_saep.model.processing_llava_saep import LlavaSaepProcessor
 from llava_saep.model.projector_selection import trusting_projector_code
-from llava_saep.model.reading import find_full_weights, read_weights_file
+from llava_saep.model.reading import find_full_weights, first_line, read_weights_file
 from projectors import ProjectorSelection
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""The floating-point ones of those that model weights come in, by safetensors' names."""
 
 
 @dataclass(frozen=True)
@@ -110,16 +117,30 @@ def stored_dtype(folder: str | Path) -> torch.dtype | None:
     """
     counts: dict[torch.dtype, int] = {}
     for file in find_full_weights(Path(folder)) if Path(folder).is_dir() else []:
-        for tensor in read_weights_file(file).values():
-            if tensor.is_floating_point():
-                counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
+        for dtype, num_values in _dtypes(file):
+            if dtype.is_floating_point:
+                counts[dtype] = counts.get(dtype, 0) + num_values
     if not counts:
         return None
     most = max(counts, key=counts.__getitem__)
     if len(counts) > 1:
-        others = ", ".join(str(dtype).removeprefix("torch.") for dtype in counts if dtype != most)
-        logger.warning("%s: weights in %s become %s like most; choose with --dtype", folder, others, most)
+        name, *others = (str(dtype).removeprefix("torch.") for dtype in sorted(counts, key=counts.get, reverse=True))
+        logger.warning("%s: weights in %s become %s like most; choose with --dtype", folder, ", ".join(others), name)
     return most
+
+
+def _dtypes(file: Path) -> Iterator[tuple[torch.dtype, int]]:
+    """Dtype and number of values of each tensor in a weights file, without reading the values."""
+    if file.suffix != ".safetensors":
+        for tensor in read_weights_file(file, map_location="meta").values():
+            yield tensor.dtype, tensor.numel()
+        return
+    try:
+        with safe_open(file, framework="pt") as opened:
+            parts = [opened.get_slice(name) for name in opened.keys()]
+            yield from [(SAFETENSORS_DTYPES.get(p.get_dtype(), torch.int8), math.prod(p.get_shape())) for p in parts]
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} is not a readable weights file: {first_line(error)}") from error
 
 
 def untied_state_dict(model: LlavaSaepForConditionalGeneration) -> dict[str, Tensor]:

@@ -49,7 +49,7 @@ def load_pretrained_model(
         UserError, ProjectorError: see `load_model`.
     """
     if load_8bit or load_4bit:
-        raise UserError("load_8bit and load_4bit are not supported; load in float16, or train with --bits 4")
+        raise UserError("load_8bit and load_4bit are not supported; load in float16 or bfloat16 (torch_dtype)")
     device = _device(device, device_map)
     default = torch.float16 if device.type == "cuda" else torch.float32
     dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None) or default

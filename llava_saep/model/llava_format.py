@@ -218,7 +218,10 @@ def _find_base(path: Path, fields: Mapping[str, Any], kind: Kind, model_base: st
     named = model_base or adapter.get("base_model_name_or_path") or fields.get("_name_or_path")
     if not named:
         what = "a LoRA adapter" if kind == "lora" else "projector weights"
-        raise UserError(f"{path} holds {what} and does not say of which language model; name it with --model_base")
+        raise UserError(
+            f"{path} holds {what} and does not say of which language model; name it with --model_base, "
+            "which `llava-saep convert` and load_pretrained_model take"
+        )
     return _beside(path, str(named)) or str(named)
 
 

@@ -81,16 +81,18 @@ def read_image_processor(vision_tower: str):
         raise UserError(f"the image processor of {vision_tower!r} cannot be loaded: {first_line(error)}") from error
 
 
-def read_weights_file(path: Path) -> dict[str, Tensor]:
+def read_weights_file(path: Path, map_location: str = "cpu") -> dict[str, Tensor]:
     """Read a .safetensors or .bin file of tensors (never code).
 
+    Args:
+        map_location: of a .bin file, "meta" to read no values.
     Raises:
         UserError: the file is damaged or holds something else than tensors by name.
     """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # safetensors, zip and unpickling errors share no base class
         raise UserError(f"{path} is not a readable weights file: {first_line(error)}") from error
     if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):

@@ -250,6 +250,20 @@ def test_existing_output_is_not_overwritten(llava, tmp_path, capsys, existing):
     assert "exists already and is not overwritten" in capsys.readouterr().err
 
 
+def test_name_that_is_neither_a_folder_nor_on_the_hub_is_said_to_be_so(tmp_path, capsys):
+    """Tests run offline, where every download is refused."""
+    assert main(["convert", "liuhaotian/no-such-model", str(tmp_path / "out")]) == 2
+    assert "liuhaotian/no-such-model is no folder here, and cannot be had from the hub" in capsys.readouterr().err
+
+
+def test_weights_of_several_dtypes_become_one_with_a_warning(llava, tmp_path, caplog):
+    change_weights(llava, lambda weights: weights.update({"model.norm.weight": weights["model.norm.weight"].half()}))
+    convert(Source(folder=llava), "own", tmp_path / "out")
+    assert "weights in float16 become float32 like most; choose with --dtype" in caplog.text
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {torch.float32}
+
+
 def test_output_inside_the_input_is_refused(llava):
     with pytest.raises(UserError, match="lies inside"):
         convert(Source(folder=llava), "own", llava / "out")
