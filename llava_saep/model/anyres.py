@@ -169,8 +169,8 @@ def merge_all(
         features: (crops of all images, tokens, width), image by image.
         originals: one size per image; None where the way of merging needs none.
     Returns:
-        one (num_tokens, width) tensor per image. The newline takes part in every batch, whatever its images show, so
-        that all ranks of a ZeRO run reduce its gradient.
+        one (num_tokens, width) tensor per image. The newline, if any, is in the graph of each, also where no row of
+        the image is left or there was no image to cut, so that all ranks of a ZeRO run reduce its gradient.
     Raises:
         UserError: sizes are missing, or do not fit the crops.
     """
@@ -181,9 +181,6 @@ def merge_all(
     if len(originals) != len(crop_counts):
         raise UserError(f"image_sizes has {len(originals)} rows, but there are {len(crop_counts)} images")
     parts = features.split(list(crop_counts))
-    merged = [
+    return [
         image_tokens.merge(crops, original, view, newline) for crops, original in zip(parts, originals, strict=True)
     ]
-    if newline is not None:
-        merged[0] = merged[0] + 0.0 * newline.to(merged[0])
-    return merged

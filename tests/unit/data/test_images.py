@@ -25,6 +25,7 @@ from llava_saep.data.images import (
     preprocess_image,
     processed_image_size,
     read_image_size,
+    select_resolution,
     select_tile_grid,
 )
 from llava_saep.errors import UserError
@@ -211,6 +212,19 @@ def test_default_pinpoints_are_llava_next_s_at_336_pixels():
     expected = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
     assert default_grid_pinpoints(ImageSize(336, 336)) == expected
     assert parse_grid_pinpoints(None) == ()
+
+
+@pytest.mark.parametrize(
+    ("pinpoints", "expected"),
+    [
+        (((112, 112), (56, 112), (112, 56)), ImageSize(height=112, width=56)),
+        (((112, 112), (112, 56), (56, 112)), ImageSize(height=56, width=112)),
+        (((56, 56), (168, 168)), ImageSize(height=168, width=168)),
+    ],
+    ids=["the least waste", "of equals the first", "no pixel lost"],
+)
+def test_resolution_is_chosen_by_pixels_kept_then_by_waste_then_by_order(pinpoints, expected):
+    assert select_resolution(ImageSize(40, 40) if len(pinpoints) == 3 else ImageSize(100, 100), pinpoints) == expected
 
 
 def test_pinpoint_that_is_no_multiple_of_the_tile_is_named():
