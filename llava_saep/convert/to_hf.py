@@ -39,6 +39,11 @@ def refuse_unrepresentable(config: LlavaSaepConfig) -> None:
             f"llava-hf's format knows one projector, the MLP of two layers (mlp2x_gelu), and this model has {name} "
             f"with {projector.options()}; write it with --to own or --to llava"
         )
+    if getattr(config.text_config, "final_logit_softcapping", None) is not None:
+        raise UserError(
+            f"transformers' Llava leaves out the soft cap on the logits of {config.text_config.model_type}, so its "
+            "answers would differ; write it with --to own"
+        )
     if isinstance(config.vision_config, CombinedVisionConfig):
         raise UserError("llava-hf's format has one vision tower, and this model has several; write it with --to own")
     if num_prefix_tokens(config.vision_config) > 1:
