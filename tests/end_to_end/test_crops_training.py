@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from llava_saep.generation import GenerationOptions, Predictor
-from llava_saep.model.loading import load_model
+from llava_saep.model.loading import load_model, load_processor
 from llava_saep.train import train_mem
 from tests.fixtures.tiny import write_bases, write_data, write_image
 from tests.fixtures.training import logged, training_flags
@@ -95,12 +95,13 @@ def test_stage_two_goes_on_from_stage_one_and_answers(bases, conversations, stag
 
 def test_saved_model_goes_on_cutting_as_it_did(bases, conversations, tmp_path):
     """Without a word about merging or sizes, which the first run's flags gave."""
-    own = {"image_grid_pinpoints": "[(48, 24), (24, 48)]", **CUTTING}
+    own = {"image_grid_pinpoints": "[(48, 24), (24, 48)]", "apply_exif_orientation": True, **CUTTING}
     assert train_mem.main(training_flags(bases, conversations, tmp_path / "first", max_steps=1, **own)) == 0
     words = training_flags(bases, conversations, tmp_path / "second", max_steps=1, image_aspect_ratio="anyres")
     flags = dict(zip(words[::2], words[1::2], strict=True)) | {"--model_name_or_path": str(tmp_path / "first")}
     del flags["--vision_tower"], flags["--mm_projector_type"]
     assert train_mem.main([word for pair in flags.items() for word in pair] + ["--model_max_length", "1024"]) == 0
+    assert load_processor(tmp_path / "first").apply_exif_orientation
     config = load_model(tmp_path / "second").config
     assert config.mm_patch_merge_type == "spatial_unpad"
     assert config.image_grid_pinpoints == [[48, 24], [24, 48]]
