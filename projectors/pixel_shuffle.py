@@ -68,8 +68,8 @@ class PixelShuffle(Projector):
     """Windows of factor x factor patches side by side, LayerNorm (eps 1e-5), `readout_depth` Linear with exact GELU.
 
     Loads the keys of InternVL (`mlp1.{0,1,3}`), of its port in transformers (`layer_norm`, `linear_1`, `linear_2`), of
-    Idefics3 and SmolVLM (`modality_projection.proj`) and of nanoVLM (`MP.proj`); writes Idefics3's where there is one
-    Linear and no norm, InternVL's otherwise.
+    Idefics3 and SmolVLM (`modality_projection.proj`) and of nanoVLM (`MP.proj`). Writes Idefics3's where there is one
+    Linear and no norm (nanoVLM's if it also starts as nanoVLM's), InternVL's otherwise.
 
     Source: InternVL `modeling_internvl_chat.py` (MIT), transformers `models/idefics3/modeling_idefics3.py`
     (Apache-2.0), nanoVLM `models/modality_projector.py` (Apache-2.0).
@@ -108,7 +108,8 @@ class PixelShuffle(Projector):
 
     def to_original_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         is_one_linear = not self.config.norm and self.config.readout_depth == 1
-        names = {"readout.0": "modality_projection.proj"} if is_one_linear else self._internvl_names()
+        one_linear = f"{_WHOLE_MODELS_NAME}proj" if self.config.init == "normal" else "modality_projection.proj"
+        names = {"readout.0": one_linear} if is_one_linear else self._internvl_names()
         return rename_modules(state_dict, names)
 
     def _internvl_names(self) -> dict[str, str]:

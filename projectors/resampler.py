@@ -6,6 +6,7 @@ inside, and the residual starts from the query after its norm.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -47,6 +48,11 @@ class ResamplerConfig(ProjectorConfig):
         (24, 24), "height and width of the grid of learned positions; others are interpolated", minimum=1
     )
     num_eos_tokens: int = option(0, "learned tokens appended after the image", minimum=0)
+    attention: Literal["fused", "explicit"] = option(
+        "fused",
+        "PyTorch's fused attention, or products and softmax one after another as in Honeybee, to the same bits; the "
+        "outputs are large, and in six layers the rounding of the fused one grows to some 1e-4",
+    )
     query_init: Literal["normal", "zeros"] = option(
         "normal", "how queries start: normal of std 0.02, or Honeybee's zeros, with which all are alike"
     )
@@ -80,6 +86,7 @@ class Attention(nn.Module):
     def __init__(self, config: ResamplerConfig) -> None:
         super().__init__()
         self.num_heads, self.dropout = config.num_heads, config.dropout
+        self.is_explicit = config.attention == "explicit"
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
@@ -88,10 +95,20 @@ class Attention(nn.Module):
         """(B, Q, hidden_size), (B, N, hidden_size) -> (B, Q, hidden_size)."""
         heads = (self._split(self.query(queries)), self._split(self.key(context)), self._split(self.value(context)))
         dropout = self.dropout if self.training else 0.0
-        return functional.scaled_dot_product_attention(*heads, dropout_p=dropout).transpose(1, 2).flatten(2)
+        attend = explicit_attention if self.is_explicit else functional.scaled_dot_product_attention
+        return attend(*heads, dropout_p=dropout).transpose(1, 2).flatten(2)
 
     def _split(self, tokens: Tensor) -> Tensor:
         return tokens.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+
+def explicit_attention(queries: Tensor, keys: Tensor, values: Tensor, dropout_p: float = 0.0) -> Tensor:
+    """What scaled_dot_product_attention computes, in Honeybee's order of operations and with all weights in memory.
+
+    (B, heads, Q, size), twice (B, heads, N, size) -> (B, heads, Q, size)
+    """
+    scores = queries @ keys.transpose(2, 3) / math.sqrt(queries.shape[3])
+    return functional.dropout(scores.softmax(3), dropout_p) @ values
 
 
 class GatedMLP(nn.Module):

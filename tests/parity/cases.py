@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from projectors import PatchGrid, ProjectorConfig
+from projectors import PatchGrid
 
 _GOLDEN = Path(os.environ.get("LLAVA_SAEP_GOLDEN") or Path(__file__).parents[1] / "golden")
 REFERENCE_FOLDER = _GOLDEN / "projectors" if (_GOLDEN / "projectors").is_dir() else _GOLDEN
@@ -31,20 +31,14 @@ class Case:
     """A spelling of ours, its options from the original's, and the agreement to ask for.
 
     1e-5 absolute at these scales for linear and convolution modules (float32, same order of operations), 1e-4 where
-    attention sums in another order. `growth` says how much rounding a layer beyond the second multiplies.
-    `reads_hidden_states` says that the inputs are all hidden states of a tower, from which the projector takes its
-    layers, and not the layers themselves.
+    attention sums in another order. `reads_hidden_states` says that the inputs are all hidden states of a tower, from
+    which the projector takes its layers, and not the layers themselves.
     """
 
     spelling: str
     options: Callable[[Options], dict[str, Any]] = lambda original: {}
     tolerance: float = 1e-5
-    growth: float = 1.0
     reads_hidden_states: bool = False
-
-    def tolerance_for(self, config: ProjectorConfig) -> float:
-        """The agreement to ask for at this depth."""
-        return self.tolerance * self.growth ** max(0, getattr(config, "depth", 0) - 2)
 
 
 def grid_of(original: Options) -> PatchGrid:
@@ -80,6 +74,11 @@ def _honeybee_options(original: Options) -> dict[str, Any]:
     return _renamed(original, names) | {"position_grid": list(grid_of(original))}
 
 
+def _resampler_options(original: Options) -> dict[str, Any]:
+    # Outputs are around 20, so that rounding in another order would reach 1e-4 after a few layers.
+    return _renamed(original, {"num_queries": _NUM_QUERIES, "depth": _DEPTH}) | {"attention": "explicit"}
+
+
 def _qformer_options(original: Options) -> dict[str, Any]:
     names = (
         "num_hidden_layers",
@@ -107,14 +106,24 @@ def _sparse_layers(original: Options) -> dict[str, Any]:
 
 
 CASES = {
+    "identity": Case("identity"),
     "linear": Case("linear"),
     "deco": Case("deco", _taking(num_queries=_NUM_QUERIES, depth=("layer_num",))),
     "llava_next_pooler": Case("conv_pool", _taking(factor=_FACTOR)),
     "c_abstractor": Case("c_abstractor", _honeybee_options),
     "d_abstractor": Case("d_abstractor", _honeybee_options, _ATTENTION),
-    # Its outputs are around 20, and six layers of the original in float32 are 6e-4 away from the same in float64.
-    "honeybee_resampler": Case("resampler", _taking(num_queries=_NUM_QUERIES, depth=_DEPTH), _ATTENTION, growth=2.0),
+    "honeybee_resampler": Case("resampler", _resampler_options, _ATTENTION),
     "qformer": Case("qformer", _qformer_options, _ATTENTION),
+    # LLaVA-NeXT's depth says every how many layers the image is attended to.
+    "llava_next_qformer": Case(
+        "qformer_llava_next",
+        _taking(
+            num_queries=_NUM_QUERIES,
+            cross_attention_frequency=("cross_attention_frequency", *_DEPTH),
+            readout_depth=("readout_depth",),
+        ),
+        _ATTENTION,
+    ),
     "tinyllava_qformer": Case("qformer_tinyllava", _taking(num_queries=_NUM_QUERIES), _ATTENTION),
     "perceiver_resampler": Case(
         "perceiver",

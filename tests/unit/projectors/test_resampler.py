@@ -77,6 +77,7 @@ def layers_written_out(weights, queries, features, depth, num_heads):
         {"depth": 3, "num_heads": 4, "hidden_size": 12, "intermediate_size": 7, "num_queries": 9},
         {"depth": 1, "vision_layers": [1, 3]},
         {"keep_cls_token": True},
+        {"attention": "explicit", "depth": 3},
     ],
 )
 def test_output_is_the_layers_written_out(options):
@@ -189,3 +190,14 @@ def test_contradicting_options_are_refused():
 )
 def test_options_keep_the_contract(options):
     check_projector("resampler", options).raise_if_failed()
+
+
+def test_explicit_attention_drops_weights_in_training_like_the_fused_one():
+    features = [torch.randn(2, 6, VISION)]
+    outputs = {}
+    for attention in ("fused", "explicit"):
+        projector = randomise(build({"attention": attention, "dropout": 0.5})).train()
+        assert not torch.equal(projector(features, GRID), projector(features, GRID))
+        outputs[attention] = projector.eval()(features, GRID)
+    # The same weights; float32 sums in another order at the size of these outputs.
+    torch.testing.assert_close(outputs["fused"], outputs["explicit"], rtol=1e-4, atol=1e-4)
