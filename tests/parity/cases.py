@@ -106,7 +106,6 @@ def _sparse_layers(original: Options) -> dict[str, Any]:
 
 
 CASES = {
-    "identity": Case("identity"),
     "linear": Case("linear"),
     "deco": Case("deco", _taking(num_queries=_NUM_QUERIES, depth=("layer_num",))),
     "llava_next_pooler": Case("conv_pool", _taking(factor=_FACTOR)),
