@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -17,7 +18,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from llava_saep.constants import DEFAULT_IMAGE_TOKEN
 from llava_saep.errors import UserError
 from llava_saep.model.combined_towers import CombinedVisionConfig, split_tower_names
-from llava_saep.model.reading import UNREADABLE_WEIGHTS, first_line
+from llava_saep.model.reading import UNREADABLE_WEIGHTS, first_line, read_config
 
 
 @contextmanager
@@ -69,8 +70,14 @@ def language_model_weights(path: str, config: PreTrainedConfig, dtype: torch.dty
 
     Where the head is tied to the embedding, it is left out.
     """
-    language_model = load_part(AutoModelForCausalLM, path, config, "--model_name_or_path", dtype)
-    weights = {f"model.language_model.{name}": t for name, t in language_model.base_model.state_dict().items()}
+    whole = read_config(path, "--model_name_or_path")
+    if whole.get_text_config() is whole:
+        language_model = load_part(AutoModelForCausalLM, path, config, "--model_name_or_path", dtype)
+        decoder = language_model.base_model
+    else:  # a model that sees, such as Gemma 3 from 4B on: its language model is taken out
+        language_model = load_part(AutoModelForImageTextToText, path, whole, "--model_name_or_path", dtype)
+        decoder = language_model.get_decoder()
+    weights = {f"model.language_model.{name}": t for name, t in decoder.state_dict().items()}
     if not config.tie_word_embeddings:
         weights["lm_head.weight"] = language_model.get_output_embeddings().weight.data
     return weights

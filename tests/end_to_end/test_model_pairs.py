@@ -17,7 +17,9 @@ from transformers import (
     Dinov2WithRegistersModel,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
     Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -39,7 +41,9 @@ from transformers import (
 )
 
 from llava_saep.generation import GenerationOptions, Predictor
+from llava_saep.model.loading import build_model
 from llava_saep.train import train_mem
+from projectors import select_projector
 from tests.fixtures.tiny import TinyBases, write_data, write_tokenizer
 from tests.fixtures.training import logged, training_flags
 
@@ -160,3 +164,28 @@ def test_pair_trains_saves_loads_and_answers(tower, language_model, tokenizer_fo
     assert predictor.generate(questions(data), options) == alone
     # A fresh load is the same model: nothing was lost or drawn anew.
     assert Predictor.from_pretrained(out).generate(questions(data), options) == alone
+
+
+def test_language_model_is_taken_out_of_a_model_that_sees(tokenizer_folder, tmp_path):
+    """Gemma 3 from 4B on comes with a tower of its own, which has no part in ours."""
+    bases = write_pair(tmp_path, "clip", "gemma3", tokenizer_folder)
+    _, _, own = LANGUAGE_MODELS["gemma3"]
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=TEXT | own | {"vocab_size": 424},
+        vision_config=vision | {"image_size": 32, "patch_size": 8},
+        mm_tokens_per_image=4,
+    )
+    source = Gemma3ForConditionalGeneration(config)
+    source.save_pretrained(bases.language_model)
+    model = build_model(
+        language_model=str(bases.language_model),
+        vision_tower=str(bases.vision_tower),
+        projector=select_projector("linear"),
+        image_token_id=500,
+    )
+    expected = source.model.language_model.state_dict()
+    found = model.model.language_model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert torch.equal(model.lm_head.weight, source.lm_head.weight)
