@@ -6,6 +6,7 @@ default, LLaVA's mlp2x_gelu, this is the published model.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,16 +29,17 @@ _INNER_PREFIX = "projector."
 
 @dataclass(frozen=True, kw_only=True)
 class DenseConnectorConfig(ProjectorConfig):
-    """The last of `vision_layers` is the base; the others are brought to it.
+    """The last of `vision_layers` is the base, the layer before the tower's last; the others are brought to it.
 
-    sti and sci read layers 7 and 15 of 24 (the same relative depths on other towers) and the one before the last; dci
-    reads every layer from the embedding up to that one.
+    sti and sci read layers 7 and 15 of 24, or the same relative depths; dci reads an even number of layers from the
+    embedding on: of 24 blocks the first 24 hidden states, the base once more among them, of SigLIP-so400m's 27 the
+    first 26, as the original does.
     """
 
     kind: Literal["sti", "sci", "dci"] = option(
         _DEFAULT_KIND,
-        "sti appends pooled tokens of the other layers, sci concatenates their channels, dci concatenates the means of "
-        "the shallower and of the deeper half of all layers",
+        "sti appends pooled tokens of the other layers, sci concatenates their channels, dci concatenates the mean of "
+        "their first half and the mean of their second half",
     )
     projector: str = option("mlp2x_gelu", "the projector behind it: a registered name that reads one layer")
     projector_options: dict[str, Any] | None = option(None, "options of the projector behind it")
@@ -46,17 +48,28 @@ class DenseConnectorConfig(ProjectorConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.refuse_cls_token()
-        if len(self.vision_layers) < 2:
+        num_least = 3 if self.kind == "dci" else 2
+        if len(self.vision_layers) < num_least:
             raise ProjectorError(
-                f"DenseConnectorConfig.vision_layers: got {len(self.vision_layers)} layer {self.vision_layers}, "
-                "expected at least 2: those to bring together, then the base"
+                f"projector 'dense_connector', option 'vision_layers': got {len(self.vision_layers)} "
+                f"{self.vision_layers}, expected at least {num_least} with kind {self.kind}: those to bring together, "
+                "then the base"
             )
         # Built for every kind, so that wrong options of the projector behind are refused here.
+        if self.inner_config.keep_cls_token:
+            raise ProjectorError(
+                "dense_connector: projector_options say keep_cls_token=true, but the fused features have no class "
+                "token; leave it out"
+            )
         if self.inner_config.reads_patch_map and self.kind == "sti":
             raise ProjectorError(
                 f"dense_connector: kind 'sti' appends tokens that have no place on the map of patches, which projector "
                 f"{self.projector!r} works on; choose kind sci or dci, or a projector such as mlp2x_gelu"
             )
+
+    def __hash__(self) -> int:
+        # Options of another projector are a dict, which has no hash of its own.
+        return hash(json.dumps(self.to_dict(), sort_keys=True))
 
     @cached_property
     def inner_selection(self) -> ProjectorSelection:
@@ -77,8 +90,9 @@ class DenseConnectorConfig(ProjectorConfig):
     @cached_property
     def inner_config(self) -> ProjectorConfig:
         """The config of the projector behind the fusion, which sees the fused channels as one layer."""
+        selection = self.inner_selection
         try:
-            return self.inner_selection.build_config(
+            return selection.build_config(
                 vision_hidden_size=self.fused_channels, text_hidden_size=self.text_hidden_size
             )
         except ProjectorError as error:
@@ -90,6 +104,7 @@ class DenseConnectorConfig(ProjectorConfig):
     @property
     def fused_channels(self) -> int:
         """Channels of the fused tokens."""
+        # dci: the base and two means, each as wide as one layer
         num_parts = {"sti": 1, "sci": len(self.vision_layers), "dci": 3}[self.kind]
         return num_parts * self.vision_hidden_size
 
@@ -101,16 +116,24 @@ class DenseConnectorConfig(ProjectorConfig):
     def default_vision_layers(
         cls, num_vision_layers: int | None = None, options: Mapping[str, Any] = MappingProxyType({})
     ) -> tuple[int, ...]:
-        base = (num_vision_layers or _REFERENCE_DEPTH) - 1
+        depth = num_vision_layers or _REFERENCE_DEPTH
+        base = depth - 1
         if options.get("kind", _DEFAULT_KIND) == "dci":
-            return tuple(range(base + 1))
-        return (*same_relative_depths(_REFERENCE_LAYERS, _REFERENCE_DEPTH, num_vision_layers), base)
+            return (*range(depth // 2 * 2), base)
+        others = same_relative_depths(_REFERENCE_LAYERS, _REFERENCE_DEPTH, num_vision_layers)
+        # Depths are rounded up, so on a shallow tower they can meet each other and the base.
+        return (*(dict.fromkeys(layer for layer in others if layer < base) or (0,)), base)
 
     def inner_grid(self, grid: PatchGrid) -> PatchGrid:
         """The grid that the projector behind is told: with sti a row of all tokens, appended ones too."""
         refuse_small_grid(grid)
         if self.kind != "sti":
             return grid
+        if self.pool_size > grid.num_patches:
+            raise ProjectorError(
+                f"dense_connector: pool_size {self.pool_size} is more than the {grid.num_patches} patches of a {grid} "
+                f"grid, so kind sti would append nothing; choose a pool_size of at most {grid.num_patches}"
+            )
         num_appended = grid.num_patches // self.pool_size * (len(self.vision_layers) - 1)
         return PatchGrid(1, grid.num_patches + num_appended)
 
@@ -145,7 +168,7 @@ class DenseConnector(Projector):
 
         sti: tokens [x, AvgPool1d(pool_size)(h) of each other layer], over the row-major sequence; width C
         sci: channels [x, h, ...]; width C * number of layers
-        dci: channels [x, mean of the first half of all layers, mean of the second half]; width 3 C
+        dci: channels [x, mean of the shallower half of h, mean of the deeper half]; width 3 C
 
     Unlike the original it counts the tower's layers instead of guessing them from the tower's name.
 
@@ -163,7 +186,8 @@ class DenseConnector(Projector):
 
     def forward(self, features: Sequence[Tensor], grid: PatchGrid) -> Tensor:
         self.check_features(features, grid)
-        return self.projector([self._fuse(features)], self.config.inner_grid(grid))
+        inner_grid = self.config.inner_grid(grid)
+        return self.projector([self._fuse(features)], inner_grid)
 
     def _fuse(self, features: Sequence[Tensor]) -> Tensor:
         """K tensors (B, N, C) -> (B, tokens, fused_channels)."""
@@ -173,8 +197,8 @@ class DenseConnector(Projector):
             return torch.cat([base, *(tokens.transpose(1, 2) for tokens in pooled)], dim=1)
         if self.config.kind == "sci":
             return torch.cat([base, *others], dim=2)
-        middle = len(features) // 2
-        means = [torch.stack(tuple(half)).mean(0) for half in (features[:middle], features[middle:])]
+        middle = len(others) // 2
+        means = [torch.stack(tuple(half)).mean(0) for half in (others[:middle], others[middle:])]
         return torch.cat([base, *means], dim=2)
 
     def convert_original_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

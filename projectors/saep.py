@@ -187,20 +187,25 @@ class SpatialBlock(nn.Module):
         self.project = pointwise(channels, config, activate=False) if config.order == "pw_dw_pw" else nn.Identity()
 
     def forward(self, feature_map: Tensor, last_layer: Tensor) -> Tensor:
-        """Maps whose sides the stride divides (last_layer's only where the shortcut reads it) -> the smaller map.
+        """(B, aggregated_channels, H, W) and the last layer's (B, vision_hidden_size, H, W) -> the smaller map.
+
+        Padding comes as late as it can: what acts on each place alone gives the same before it, on fewer places and
+        narrower maps.
 
         Returns:
-            (B, block_channels, height / stride, width / stride)
+            (B, block_channels, ceil(H / stride), ceil(W / stride))
         """
+        stride = self.config.stride
         if self.config.order == "dw_pw":
-            block = self.fuse(self._add_pooled(self.spatial(feature_map), feature_map))
+            padded = pad_to_multiple(feature_map, stride)
+            block = self.fuse(self._add_pooled(self.spatial(padded), padded))
         elif self.config.order == "pw":
-            block = functional.avg_pool2d(self.fuse(feature_map), self.config.stride)
+            block = functional.avg_pool2d(pad_to_multiple(self.fuse(feature_map), stride), stride)
         else:
-            fused = self.fuse(feature_map)
+            fused = pad_to_multiple(self.fuse(feature_map), stride)
             block = self._add_pooled(self.project(self.spatial(fused)), fused)
         if self.config.shortcut == "last_layer_avgpool":
-            block = block + functional.avg_pool2d(last_layer, self.config.stride)
+            block = block + functional.avg_pool2d(pad_to_multiple(last_layer, stride), stride)
         return block
 
     def _add_pooled(self, filtered: Tensor, unfiltered: Tensor) -> Tensor:
@@ -301,8 +306,8 @@ class SAEP(Projector):
 
     Default (K layers of C channels, M = mid_channels or C, D = text_hidden_size)::
 
-        x = concat_channels(X_1 .. X_K), last row and column repeated to multiples of the stride
-        x = GELU(LN2d(Conv1x1(K*C -> M)(x)))
+        x = GELU(LN2d(Conv1x1(K*C -> M)(concat_channels(X_1 .. X_K))))
+        x = x with its last row and column repeated to multiples of the stride
         y = LN2d(DepthwiseConv3x3(M, stride 2)(x)) + AvgPool2x2(x)
         output = Linear(M -> D), GELU, Linear(D -> D)
 
@@ -326,9 +331,4 @@ class SAEP(Projector):
 
     def forward(self, features: Sequence[Tensor], grid: PatchGrid) -> Tensor:
         self.check_features(features, grid)
-        feature_map, last_layer = self.aggregation(features, grid)
-        stride = self.config.stride
-        if self.config.shortcut == "last_layer_avgpool":
-            last_layer = pad_to_multiple(last_layer, stride)
-        block = self.block(pad_to_multiple(feature_map, stride), last_layer)
-        return self.readout(map_to_tokens(block))
+        return self.readout(map_to_tokens(self.block(*self.aggregation(features, grid))))

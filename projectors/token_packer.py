@@ -77,15 +77,15 @@ class WindowAttention(nn.Module):
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.hidden_size, self.num_heads = hidden_size, num_heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * hidden_size, hidden_size))
         self.in_proj_bias = nn.Parameter(torch.empty(3 * hidden_size))
         self.out_proj = nn.Linear(hidden_size, hidden_size)
 
     def reset_parameters(self) -> None:
         """That of torch.nn.MultiheadAttention for what goes in: xavier_uniform over the three matrices at once."""
-        out_features, in_features = self.in_proj_weight.shape
-        uniform_(self.in_proj_weight, math.sqrt(6 / (in_features + out_features)))
+        # From the size and not from the tensor, whose shape ZeRO-3 takes away: 3 hidden_size rows, hidden_size columns.
+        uniform_(self.in_proj_weight, math.sqrt(6 / (4 * self.hidden_size)))
         zeros_(self.in_proj_bias)
 
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -93,6 +93,7 @@ def weighted_samples(values: Tensor, grid: PatchGrid, locations: Tensor, weights
         (batch, queries, heads * channels) in the dtype of values
     """
     batch_size, num_queries, num_heads = weights.shape[:3]
+    channels = values.shape[3]
     dtype = _sampling_dtype(values)
     # (batch * heads, channels, height, width)
     maps = values.permute(0, 2, 3, 1).to(dtype).flatten(0, 1).unflatten(2, (grid.height, grid.width))
@@ -101,7 +102,7 @@ def weighted_samples(values: Tensor, grid: PatchGrid, locations: Tensor, weights
     sampled = functional.grid_sample(maps, locations, mode="bilinear", padding_mode="zeros", align_corners=False)
     weights = weights.transpose(1, 2).flatten(0, 1).to(dtype)
     summed = (sampled * weights[:, None]).sum(3)
-    return summed.view(batch_size, num_heads, -1, num_queries).permute(0, 3, 1, 2).flatten(2).to(values.dtype)
+    return summed.view(batch_size, num_heads, channels, num_queries).permute(0, 3, 1, 2).flatten(2).to(values.dtype)
 
 
 def _sampling_dtype(tensor: Tensor) -> torch.dtype:

@@ -135,3 +135,9 @@ def test_rings_are_deformable_detrs_start():
             # One rounding of sine and cosine.
             torch.testing.assert_close(getattr(getattr(ours, name), kind), expected, rtol=0, atol=1e-6)
     assert ours.sampling_offsets.bias.view(NUM_HEADS, NUM_POINTS, 2)[0, 2].tolist() == [3.0, 0.0]
+
+
+def test_an_empty_batch_gives_an_empty_batch():
+    attention = DeformableAttention(WIDTH, NUM_HEADS, NUM_POINTS)
+    output = attention(torch.zeros(0, 5, WIDTH), torch.zeros(0, 6, WIDTH), PatchGrid(2, 3), torch.zeros(1, 5, 2))
+    assert output.shape == (0, 5, WIDTH)

@@ -19,8 +19,8 @@ GRID = PatchGrid(4, 6)
 NEEDS_SEVERAL_LAYERS = {"dense_connector", "token_packer"}
 
 
-def build(options, num_vision_layers=6, spelling="dense_connector", widths=(8, 12)):
-    selection = select_projector(spelling, options)
+def build(options=None, num_vision_layers=6, spelling="dense_connector", widths=(8, 12)):
+    selection = select_projector(spelling, options or {})
     config = selection.build_config(
         vision_hidden_size=widths[0], text_hidden_size=widths[1], num_vision_layers=num_vision_layers
     )
@@ -42,9 +42,15 @@ def read(states, projector):
     [
         ("sti", 24, (7, 15, 23)),
         ("sci", 24, (7, 15, 23)),
-        ("dci", 24, tuple(range(24))),
-        ("dci", 26, tuple(range(26))),  # the original's SigLIP, whose last block is removed: 13 + 13 of h0 .. h25
+        ("dci", 24, (*range(24), 23)),
+        (
+            "dci",
+            27,
+            (*range(26), 26),
+        ),  # SigLIP-so400m: means of h0 to h12 and h13 to h25, without the base
         ("sci", 12, (4, 8, 11)),
+        ("sci", 3, (1, 2)),  # two of the relative depths meet, or the base
+        ("sti", 2, (0, 1)),
     ],
 )
 def test_layers_are_the_originals_relative_depths(kind, num_vision_layers, layers):
@@ -58,6 +64,7 @@ TOLERANCE = {"rtol": 0, "atol": 1e-5}
 def test_dci_concatenates_the_means_of_both_halves():
     states, projector = hidden_states(), build({"kind": "dci"})
     shallow, deep = (states[0] + states[1] + states[2]) / 3, (states[3] + states[4] + states[5]) / 3
+    assert projector.config.vision_layers == (0, 1, 2, 3, 4, 5, 5)
     expected = projector.projector([torch.cat([states[5], shallow, deep], dim=2)], GRID)
     torch.testing.assert_close(projector(read(states, projector), GRID), expected, **TOLERANCE)
 
@@ -122,7 +129,9 @@ def test_options_of_the_projector_behind_can_be_written_in_three_ways():
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"vision_layers": [5]}, ("got 1 layer", "at least 2")),
+        ({"vision_layers": [5], "kind": "sci"}, ("got 1", "at least 2")),
+        ({"vision_layers": [3, 5], "kind": "dci"}, ("got 2", "at least 3")),
+        ({"projector": "mlp", "projector_options": {"keep_cls_token": True}}, ("keep_cls_token",)),
         ({"projector": "mlpp"}, ("mlpp", "Registered")),
         ({"projector": "blur.py:Blur"}, ("blur.py:Blur", "registered names")),
         ({"projector": "token_packer"}, ("token_packer", "one layer")),
@@ -157,3 +166,21 @@ def test_weights_of_the_projector_behind_load_in_its_own_and_in_the_originals_ke
         target = build(options)
         load_projector_state_dict(target, weights)
         assert all(torch.equal(t, source.state_dict()[key]) for key, t in target.state_dict().items())
+
+
+def test_a_misspelt_projector_behind_is_not_blamed_on_the_widths():
+    with pytest.raises(ProjectorError) as error:
+        build({"projector": "mpl2x_gelu"})
+    assert str(error.value).startswith("unknown projector")
+
+
+def test_more_patches_to_pool_than_there_are_is_refused():
+    projector = build({"kind": "sti", "pool_size": 25})
+    for call in (projector.config.num_output_tokens, lambda grid: projector(read(hidden_states(), projector), grid)):
+        with pytest.raises(ProjectorError, match="pool_size 25.*24 patches.*4x6"):
+            call(GRID)
+
+
+def test_configs_with_options_of_another_projector_can_be_keys():
+    options = {"projector": "avg_pool", "projector_options": {"num_queries": 4}}
+    assert len({build(options).config, build(options).config, build().config}) == 2

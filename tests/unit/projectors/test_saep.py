@@ -187,3 +187,12 @@ def test_default_layers_follow_the_depth_of_the_tower(num_vision_layers, layers)
 def test_layer_presets_have_names():
     config = select_projector("saep", {"vision_layers": "lsf"}).build_config(vision_hidden_size=8, text_hidden_size=8)
     assert config.vision_layers == (3, 18, 23)
+
+
+@pytest.mark.parametrize("order", ["pw_dw", "pw_dw_pw", "pw"])
+def test_the_widest_product_sees_no_padding(order):
+    projector, seen = build(order=order), []
+    projector.block.fuse.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape[2:])))
+    features = [torch.randn(1, 15, projector.config.vision_hidden_size) for _ in projector.config.vision_layers]
+    assert projector(features, PatchGrid(5, 3)).shape[1] == 6
+    assert seen == [(5, 3)]
