@@ -32,8 +32,8 @@ class Case:
 
     1e-5 absolute at these scales for linear and convolution modules (float32, same order of operations), 1e-4 where
     attention sums in another order. `growth` multiplies it for each layer beyond the second, for an original whose own
-    float32 result depends that much on the processor. `reads_hidden_states` says that the inputs are all hidden states of a tower, from
-    which the projector takes its layers, and not the layers themselves.
+    float32 result depends that much on the processor. `reads_hidden_states` says that the inputs are all hidden states
+    of a tower, from which the projector takes its layers, and not the layers themselves.
     """
 
     spelling: str
