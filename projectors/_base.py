@@ -72,7 +72,7 @@ class ProjectorConfig:
     vision_hidden_size: int = dataclasses.field(metadata={"minimum": 1})
     text_hidden_size: int = dataclasses.field(metadata={"minimum": 1})
     vision_layers: tuple[int, ...] = option(
-        (-2,), "hidden states of the vision tower to read, shallow to deep (0 is the embedding, -1 the last block)"
+        (-2,), "hidden states of the vision tower to read, in this order (0 is the embedding, -1 the last block)"
     )
     keep_cls_token: bool = option(False, "pass the vision tower's class token on, in front of the patches")
 

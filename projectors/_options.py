@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -23,6 +24,10 @@ _BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "
 _NONE_WORDS = ("none", "null")
 
 
+LARGEST_INTEGER = 10**6
+"""What an integer may be at most where its field does not say; far beyond any model, and still quick to refuse."""
+
+
 class OptionInfo(NamedTuple):
     """One option of a projector, for help texts and tables."""
 
@@ -33,7 +38,11 @@ class OptionInfo(NamedTuple):
 
 
 def option(default: Any, help: str, *, minimum: float | None = None, maximum: float | None = None) -> Any:
-    """Declare a config field with its help text and, for numbers (or each entry of a tuple), its range."""
+    """Declare a config field with its help text and, for numbers (or each entry of a tuple), its range.
+
+    Without a maximum an integer is at most LARGEST_INTEGER. What is repeated that often, such as layers, needs a
+    smaller one, so that a slip of the finger ends in a message.
+    """
     return dataclasses.field(default=default, metadata={"help": help, "minimum": minimum, "maximum": maximum})
 
 
@@ -231,10 +240,14 @@ def _check_range(label: str, value: Any, metadata: Mapping[str, Any]) -> None:
     for entry in value if isinstance(value, tuple) else (value,):
         if entry is None or isinstance(entry, str | dict):
             continue
+        # NaN is neither below a minimum nor above a maximum.
+        if isinstance(entry, float) and not math.isfinite(entry):
+            raise ProjectorError(f"{label}: got {entry}, expected a finite number")
         if minimum is not None and entry < minimum:
             raise ProjectorError(f"{label}: got {entry}, expected at least {minimum}")
-        if maximum is not None and entry > maximum:
-            raise ProjectorError(f"{label}: got {entry}, expected at most {maximum}")
+        largest = LARGEST_INTEGER if maximum is None and type(entry) is int else maximum
+        if largest is not None and entry > largest:
+            raise ProjectorError(f"{label}: got {entry}, expected at most {largest}")
 
 
 def _to_json(value: Any) -> Any:

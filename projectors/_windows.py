@@ -13,7 +13,7 @@ from ._options import option
 class WindowedProjectorConfig(ProjectorConfig):
     """Windows do not overlap; a grid that they do not tile is refused, or padded where the user asks for it."""
 
-    factor: int = option(2, "side of the window of patches that becomes one token", minimum=1)
+    factor: int = option(2, "side of the window of patches that becomes one token", minimum=1, maximum=1000)
     pad_grid: bool = option(
         False, "repeat the last row and column until factor divides the grid, instead of refusing the grid"
     )

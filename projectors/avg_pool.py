@@ -22,7 +22,9 @@ class AvgPoolConfig(ProjectorConfig):
     """Any grid of at least num_queries patches gives num_queries tokens; the original takes square grids only."""
 
     num_queries: int = option(144, "tokens per image, a square number", minimum=1)
-    depth: int = option(2, "number of Linear layers after the pooling, with GELU between each two", minimum=1)
+    depth: int = option(
+        2, "number of Linear layers after the pooling, with GELU between each two", minimum=1, maximum=1000
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

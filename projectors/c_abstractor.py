@@ -54,8 +54,10 @@ class CAbstractorConfig(ProjectorConfig):
 
     num_queries: int = option(144, "tokens per image, a square number", minimum=1)
     hidden_size: int = option(1024, "channels of the convolution blocks", minimum=1)
-    depth: int = option(3, "blocks before and again after the pooling; 0 leaves pooling and read-out", minimum=0)
-    readout_depth: int = option(2, "Linear layers of the read-out, with SiLU between each two", minimum=1)
+    depth: int = option(
+        3, "blocks before and again after the pooling; 0 leaves pooling and read-out", minimum=0, maximum=1000
+    )
+    readout_depth: int = option(2, "Linear layers of the read-out, with SiLU between each two", minimum=1, maximum=1000)
     use_position_embedding: bool = option(True, "add a learned position embedding to the features")
     position_grid: tuple[int, int] = option(
         (24, 24), "height and width of the grid of learned positions; others are interpolated", minimum=1

@@ -45,7 +45,7 @@ class DAbstractorConfig(ProjectorConfig):
 
     num_queries: int = option(144, "tokens per image, a square number", minimum=1)
     hidden_size: int = option(1024, "width of the queries and of the map that they read", minimum=1)
-    depth: int = option(6, "decoder layers", minimum=1)
+    depth: int = option(6, "decoder layers", minimum=1, maximum=1000)
     num_heads: int = option(8, "attention heads; must divide hidden_size", minimum=1)
     num_points: int = option(4, "places that each head of each query reads", minimum=1)
     intermediate_size: int = option(1024, "inner width of the feed-forward network", minimum=1)

@@ -41,7 +41,7 @@ class LLaVASPConfig(ProjectorConfig):
         (4, 8, 12, 16, 20, 24), "sides of the kernels in patches, one spatial token each", minimum=1
     )
     spatial_hidden_size: int = option(512, "channels of the spatial tokens before the read-out", minimum=1)
-    depth: int = option(2, "Linear layers of the MLP per patch, with GELU between each two", minimum=1)
+    depth: int = option(2, "Linear layers of the MLP per patch, with GELU between each two", minimum=1, maximum=1000)
     detail_kernel_size: int = option(
         16, "cropping: side of the convolution that makes the details; no side of the grid may be smaller", minimum=1
     )

@@ -24,9 +24,12 @@ _HF_LAYER_NAMES = {"0": "linear_1", "2": "linear_2"}
 class MLPConfig(ProjectorConfig):
     """Several layers of the tower are concatenated along the channels, as in transformers' Llava."""
 
-    depth: int = option(2, "number of Linear layers, with GELU between each two", minimum=1)
+    depth: int = option(2, "number of Linear layers, with GELU between each two", minimum=1, maximum=1000)
     num_residual_blocks: int = option(
-        0, "LayerNorm, Linear, GELU, Linear, added to the normalised input, as often as this after the MLP", minimum=0
+        0,
+        "LayerNorm, Linear, GELU, Linear, added to the normalised input, as often as this after the MLP",
+        minimum=0,
+        maximum=1000,
     )
 
     @property

@@ -30,17 +30,19 @@ class PerceiverConfig(ProjectorConfig):
     """Any grid gives num_queries tokens. `num_heads * head_size` is independent of the width of the blocks."""
 
     num_queries: int = option(64, "learned latents, which is the number of tokens per image", minimum=1)
-    depth: int = option(6, "layers of attention and feed-forward network", minimum=1)
+    depth: int = option(6, "layers of attention and feed-forward network", minimum=1, maximum=1000)
     num_heads: int = option(8, "attention heads", minimum=1)
     head_size: int = option(64, "channels of one attention head, whatever the width", minimum=1)
-    feedforward_multiplier: int = option(4, "inner width of the feed-forward network over its outer", minimum=1)
+    feedforward_multiplier: int = option(
+        4, "inner width of the feed-forward network over its outer", minimum=1, maximum=1000
+    )
     projection: Literal["output", "input"] = option(
         "output",
         "where the width changes to the language model's: in a read-out after the blocks (LLaVA-NeXT), or in a Linear "
         "layer before them (TinyLLaVA)",
     )
     readout_depth: int = option(
-        1, "Linear layers of the read-out of projection=output, with GELU between each two", minimum=1
+        1, "Linear layers of the read-out of projection=output, with GELU between each two", minimum=1, maximum=1000
     )
 
     def __post_init__(self) -> None:

@@ -33,7 +33,7 @@ class PixelShuffleConfig(WindowedProjectorConfig):
     """
 
     norm: bool = option(True, "LayerNorm over the channels of a whole window before the Linear layers")
-    readout_depth: int = option(2, "Linear layers, with GELU between each two", minimum=1)
+    readout_depth: int = option(2, "Linear layers, with GELU between each two", minimum=1, maximum=1000)
     readout_bias: bool = option(True, "bias in the Linear layers")
     token_order: Literal["row", "column"] = option(
         "row", "order of the tokens: row by row, or column by column as InternVL's ps_version v1 had it"

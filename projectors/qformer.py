@@ -41,7 +41,7 @@ class QFormerConfig(ProjectorConfig):
 
     num_queries: int = option(32, "learned queries, which is the number of tokens per image", minimum=1)
     hidden_size: int = option(768, "width of the queries", minimum=1)
-    num_hidden_layers: int = option(12, "transformer layers", minimum=1)
+    num_hidden_layers: int = option(12, "transformer layers", minimum=1, maximum=1000)
     num_attention_heads: int = option(12, "attention heads; must divide hidden_size", minimum=1)
     intermediate_size: int = option(3072, "inner width of the feed-forward network", minimum=1)
     cross_attention_frequency: int = option(2, "every how many layers the image is attended to", minimum=1)
@@ -55,7 +55,7 @@ class QFormerConfig(ProjectorConfig):
         "LayerNorm (epsilon 1e-5) on the image features, LAVIS's and LLaVA-NeXT's ln_vision; transformers' BLIP-2 has "
         "it in the vision tower, as post_layernorm",
     )
-    readout_depth: int = option(1, "Linear layers of the read-out, with GELU between each two", minimum=1)
+    readout_depth: int = option(1, "Linear layers of the read-out, with GELU between each two", minimum=1, maximum=1000)
 
     def __post_init__(self) -> None:
         super().__post_init__()

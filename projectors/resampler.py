@@ -39,7 +39,7 @@ class ResamplerConfig(ProjectorConfig):
 
     num_queries: int = option(144, "learned queries, which is the number of tokens per image", minimum=1)
     hidden_size: int = option(1024, "width of the queries", minimum=1)
-    depth: int = option(6, "layers", minimum=1)
+    depth: int = option(6, "layers", minimum=1, maximum=1000)
     num_heads: int = option(16, "attention heads; must divide hidden_size", minimum=1)
     intermediate_size: int = option(4096, "inner width of the gated feed-forward network", minimum=1)
     dropout: float = option(0.1, "dropout of the attention weights in training", minimum=0, maximum=1)

@@ -67,7 +67,7 @@ class SAEPConfig(ProjectorConfig):
     kernel_size: Literal[1, 2, 3, 5, 7] = option(3, "side of the depthwise filter; 1 sees no neighbours (ablation)")
     stride: Literal[1, 2, 3, 4] = option(2, "each side of the grid shrinks by this factor, rounded up")
     shortcut: Literal["none", "avgpool", "last_layer_avgpool"] = option(
-        "avgpool", "what is added to the convolution: nothing, its average-pooled input, or the pooled deepest layer"
+        "avgpool", "what is added to the convolution: nothing, its average-pooled input, or the pooled last layer named"
     )
     norm: Literal["none", "ln2d"] = option("ln2d", "channel-wise LayerNorm after each convolution")
     input_norm: bool = option(False, "LayerNorm on each layer's features before they meet")
@@ -78,7 +78,7 @@ class SAEPConfig(ProjectorConfig):
     position_grid: tuple[int, int] = option(
         (24, 24), "height and width of the grid of learned positions; others are interpolated", minimum=1
     )
-    readout_depth: int = option(2, "Linear layers of the read-out, with GELU between each two", minimum=1)
+    readout_depth: int = option(2, "Linear layers of the read-out, with GELU between each two", minimum=1, maximum=1000)
     init: Literal["default", "trunc_normal", "zero_residual"] = option(
         "default",
         "PyTorch's default, truncated normal of std 0.02, or the default with the shortcut's residual branch at zero",

@@ -31,10 +31,10 @@ class TokenFusionConfig(WindowedProjectorConfig):
     """
 
     fusion_hidden_multiplier: int = option(
-        4, "inner width of the MLP that fuses the layers, in widths of the vision tower", minimum=1
+        4, "inner width of the MLP that fuses the layers, in widths of the vision tower", minimum=1, maximum=1000
     )
     readout_hidden_multiplier: int = option(
-        16, "inner width of the MLP that fuses a window, in widths of the vision tower", minimum=1
+        16, "inner width of the MLP that fuses a window, in widths of the vision tower", minimum=1, maximum=1000
     )
 
     @classmethod

@@ -67,6 +67,9 @@ def describe_projector(name: str, sizes: Sizes, options: Mapping[str, Any] | Non
         projector = build_without_memory(selection, config)
     except ProjectorError as error:
         return ProjectorDescription(**known, error=str(error))
+    except (RuntimeError, OverflowError) as error:  # torch's, where a product of sizes is beyond its integers
+        reason = str(error).splitlines()[:1]  # behind it torch may append its own stack
+        return ProjectorDescription(**known, error=": ".join([type(error).__name__, *reason]))
     return ProjectorDescription(
         **known,
         num_tokens=num_tokens,

@@ -58,6 +58,23 @@ def test_number_out_of_range_is_refused_with_the_option_the_number_and_the_limit
     assert all(word in str(error.value) for word in (f"'{option_name}'", f"got {value}", f" {limit}"))
 
 
+def integers():
+    """(projector, option) for each option that holds integers, but the layers, which the tower bounds."""
+    for name in registered_projectors():
+        config_class = projector_spec(name).config_class
+        hints = typing.get_type_hints(config_class)
+        for option_name in option_fields(config_class):
+            types = {hints[option_name], *typing.get_args(hints[option_name])}
+            if option_name != "vision_layers" and types & {int, tuple[int, int], tuple[int, ...]}:
+                yield name, option_name
+
+
+@pytest.mark.parametrize("name, option_name", list(integers()))
+def test_integer_beyond_all_sense_is_refused_before_anything_is_built(name, option_name):
+    with pytest.raises(ProjectorError, match=f"'{option_name}': got 99999999999, expected at most 1000"):
+        select_projector(name, {option_name: as_typed(name, option_name, 99999999999)})
+
+
 @pytest.mark.parametrize("name, option_name, choices", list(wrong_choices()))
 def test_value_that_is_no_choice_is_refused_with_the_choices(name, option_name, choices):
     with pytest.raises(ProjectorError) as error:
@@ -88,7 +105,7 @@ def test_layer_that_the_tower_lacks_is_refused_with_layer_and_depth(name, layer)
 
 @pytest.mark.parametrize("layers", [(-2,), ()])
 def test_projector_that_joins_layers_refuses_too_few_with_both_numbers(layers):
-    with pytest.raises(ProjectorError, match=rf"got {len(layers) or 'no'} layer.*expected at least"):
+    with pytest.raises(ProjectorError, match=rf"got {len(layers) or 'no'} .*expected at least"):
         select_projector("dense_connector", {"vision_layers": list(layers)}).build_config(**CLIP_L_AND_7B)
 
 

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from projectors import ProjectorError, describe_options, parse_projector_options, projector_spec, select_projector
+from projectors import (
+    PatchGrid,
+    ProjectorError,
+    describe_options,
+    parse_projector_options,
+    projector_spec,
+    select_projector,
+)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +82,16 @@ def test_text_is_converted_by_the_options_type(name, text, expected):
         ("saep", {"position_grid": [1, 2, 3]}, ("position_grid", "2 values")),
         ("qformer", {"dropout": 1.5}, ("dropout", "1.5", "at most 1")),
         ("qformer", {"dropout": "x"}, ("dropout", "'x'", "float")),
+        ("qformer", {"dropout": "nan"}, ("dropout", "nan", "finite")),
+        ("qformer", {"dropout": float("nan")}, ("dropout", "nan", "finite")),
+        ("qformer", {"layer_norm_eps": "inf"}, ("layer_norm_eps", "inf", "finite")),
+        ("qformer", {"layer_norm_eps": float("-inf")}, ("layer_norm_eps", "-inf", "finite")),
+        ("qformer", {"num_queries": 10**23}, ("num_queries", f"{10**23}", "at most 1000000")),
+        ("saep", {"position_grid": [24, 10**6 + 1]}, ("position_grid", "1000001", "at most 1000000")),
+        ("mlp", {"depth": 1001}, ("depth", "1001", "at most 1000")),
+        ("mlp1001x_gelu", {}, ("mlp", "depth", "1001", "at most 1000")),
+        ("mlp99999999x_gelu", {}, ("mlp", "depth", "99999999", "at most 1000")),
+        ("mlp2x_res1001x_gelu", {}, ("mlp", "num_residual_blocks", "1001", "at most 1000")),
         ("saep", {"strid": 2}, ("strid", "Did you mean 'stride'?", "Options:", "kernel_size")),
         ("saep", {"vision_hidden_size": 8}, ("vision_hidden_size", "Options:")),
     ],
@@ -81,7 +99,8 @@ def test_text_is_converted_by_the_options_type(name, text, expected):
 def test_wrong_options_are_refused_with_what_is_allowed(name, options, words):
     with pytest.raises(ProjectorError) as error:
         select_projector(name, options)
-    assert all(word in str(error.value) for word in (name, *words)), str(error.value)
+    registered_name = name if "_gelu" not in name else "mlp"
+    assert all(word in str(error.value) for word in (registered_name, *words)), str(error.value)
 
 
 def test_configs_built_directly_are_checked_too_but_read_no_text():
@@ -110,3 +129,18 @@ def test_option_descriptions_name_type_and_default():
     assert described["mid_channels"].type == "int or none"
     assert described["vision_layers"].type == "list of int"
     assert "vision_hidden_size" not in described
+
+
+def test_layers_are_read_in_the_order_given_and_the_last_named_is_the_shortcuts():
+    """The help texts promise this order, not an order by depth; a layer may stand there twice."""
+    described = {info.name: info.help for info in describe_options(projector_spec("saep").config_class)}
+    assert "in this order" in described["vision_layers"] and "last layer named" in described["shortcut"]
+    options = {"vision_layers": [5, 1, 1], "shortcut": "last_layer_avgpool", "init": "zero_residual"}
+    selection = select_projector("saep", options)
+    config = selection.build_config(vision_hidden_size=8, text_hidden_size=8, num_vision_layers=6)
+    assert config.vision_layers == (5, 1, 1)
+    projector = selection.build(config)
+    features = [torch.randn(1, 4, 8, requires_grad=True) for _ in range(3)]
+    projector(features, PatchGrid(2, 2)).square().sum().backward()
+    # The residual branch starts at zero, so that the shortcut alone passes anything on.
+    assert [bool(tokens.grad.any()) for tokens in features] == [False, False, True]
