@@ -6,6 +6,7 @@ or the original implementation's. Nothing is loaded unless every parameter has e
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +32,11 @@ CHECKPOINT_MARKERS = (
 )
 """Names under which the field's checkpoints keep a projector, most specific first."""
 
+_PART_OF_A_PROJECTOR = re.compile(
+    r"mm_projector|mm_projector_crosslayer|vision_resampler|conv_(\d+|CM|linear)|(query|key|value)_projector"
+)
+"""Names of modules that lie side by side where an original has its projector in several parts."""
+
 _MAX_KEYS_NAMED = 6
 
 
@@ -41,7 +47,8 @@ def load_projector_state_dict(projector: Projector, state_dict: Mapping[str, Ten
         state_dict: the projector's tensors under any prefix, or a whole model's in which the projector has one of
             the prefixes in CHECKPOINT_MARKERS. Keys of the original implementation are converted.
     Raises:
-        ProjectorError: a tensor is missing, unknown or misshapen (named, with both shapes); nothing has been loaded.
+        ProjectorError: a tensor is missing, unknown or misshapen (named, with both shapes), or the file holds further
+            parts of a larger projector; nothing has been loaded.
     """
     with gathered_parameters(projector):
         converted = nearest_reading(projector, state_dict).weights
@@ -82,17 +89,36 @@ class Reading(NamedTuple):
 
 
 def nearest_reading(projector: Projector, state_dict: Mapping[str, Tensor]) -> Reading:
-    """The state dict without its prefix, in this module's keys: the first exact match, or the nearest miss."""
+    """The state dict without its prefix, in this module's keys: the first exact match, or the nearest miss.
+
+    Parts of a larger projector that lie beside the prefix count as unmatched, under their whole names.
+    """
     expected = projector.state_dict()
     readings = []
     for prefix in _candidate_prefixes(state_dict):
         stripped = {key[len(prefix) :]: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
+        other_parts = _parts_beside(prefix, state_dict)
         for weights in (stripped, *_converted(projector, stripped)):
-            reading = _compare(weights, expected)
+            reading = _compare(weights | other_parts, expected)
             if reading.num_unmatched == reading.num_misshapen == 0:
                 return reading
             readings.append(reading)
     return min(readings, key=lambda reading: reading[:2])
+
+
+def _parts_beside(prefix: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of projectors' parts next to the module `prefix`, without which that module is not the whole one."""
+    *outer, _ = prefix.removesuffix(".").split(".")
+    parent = "".join(f"{name}." for name in outer)
+    if not _PART_OF_A_PROJECTOR.fullmatch(prefix.removeprefix(parent).removesuffix(".")):
+        return {}
+    beside = {}
+    for key, tensor in state_dict.items():
+        module, dot, _ = key.removeprefix(parent).partition(".")
+        is_beside = key.startswith(parent) and not key.startswith(prefix) and dot
+        if is_beside and _PART_OF_A_PROJECTOR.fullmatch(module):
+            beside[key] = tensor
+    return beside
 
 
 def _converted(projector: Projector, stripped: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:

@@ -58,6 +58,52 @@ def test_projector_is_found_in_a_whole_models_state_dict():
     assert_loaded(projector, weights)
 
 
+TINY_PERCEIVER = {"num_queries": 3, "depth": 1, "num_heads": 2, "head_size": 4}
+
+
+@pytest.mark.parametrize(
+    "larger, options, part",
+    [
+        ("perceiver", TINY_PERCEIVER, "linear"),
+        ("perceiver", TINY_PERCEIVER | {"readout_depth": 2}, "mlp2x_gelu"),
+        ("llava_sp", {"kernel_sizes": [1, 2]}, "mlp2x_gelu"),
+        ("llava_sp", {"kernel_sizes": [1, 2], "variant": "cropping", "detail_kernel_size": 2}, "mlp2x_gelu"),
+        ("token_fusion", {}, "mlp2x_gelu"),
+    ],
+)
+@pytest.mark.parametrize("outer", ["model.", "base_model.model.model.", ""])
+def test_part_of_a_larger_projector_is_not_loaded_as_if_it_were_the_whole(larger, options, part, outer):
+    """What lies beside `mm_projector` would be lost without a word."""
+    whole = build(larger, options)
+    theirs = {outer + key: tensor for key, tensor in whole.to_original_state_dict(random_weights(whole)).items()}
+    theirs[f"{outer}layers.0.self_attn.q_proj.weight"] = torch.zeros(12, 12)
+    smaller = build(part)
+    if larger == "token_fusion":  # whose read-out is as wide as an MLP's only where both are cut to fit
+        own = build(part).to_original_state_dict(random_weights(smaller))
+        theirs = {key: tensor for key, tensor in theirs.items() if "crosslayer" in key}
+        theirs |= {f"{outer}mm_projector.{key}": tensor for key, tensor in own.items()}
+    before = {key: tensor.clone() for key, tensor in smaller.state_dict().items()}
+    left_out = next(key for key in theirs if "mm_projector." not in key and "layers.0.self_attn" not in key)
+    with pytest.raises(ProjectorError, match=f"Missing: none. Unexpected: .*{left_out}"):
+        load_projector_state_dict(smaller, theirs)
+    assert_loaded(smaller, before)
+    if larger != "token_fusion":
+        load_projector_state_dict(whole, theirs)
+
+
+def test_what_else_a_whole_model_holds_beside_its_projector_is_passed_over():
+    """Also where a vision tower has modules of the names that parts of projectors have."""
+    projector = build("mlp2x_gelu")
+    weights = random_weights(projector)
+    tower = "model.vision_tower.vision_tower.vision_model"
+    whole = {f"model.mm_projector.{key.removeprefix('mlp.')}": tensor for key, tensor in weights.items()}
+    others = ("model.embed_tokens.weight", "model.image_newline", "model.norm.weight", "lm_head.weight")
+    inner = ("conv_1.weight", "vision_resampler.norm.weight", "encoder.layers.0.query_projector.weight")
+    whole |= {key: torch.zeros(2) for key in (*others, *(f"{tower}.{key}" for key in inner))}
+    load_projector_state_dict(projector, whole)
+    assert_loaded(projector, weights)
+
+
 def test_llava_export_is_the_inverse_of_loading():
     for spelling, keys in (("linear", {"weight", "bias"}), ("mlp1x_gelu", {"0.weight", "0.bias"})):
         projector = build(spelling)
