@@ -51,7 +51,7 @@ class DenseConnectorConfig(ProjectorConfig):
         num_least = 3 if self.kind == "dci" else 2
         if len(self.vision_layers) < num_least:
             raise ProjectorError(
-                f"projector 'dense_connector', option 'vision_layers': got {len(self.vision_layers)} "
+                f"projector 'dense_connector', option vision_layers: got {len(self.vision_layers)} layer(s) "
                 f"{self.vision_layers}, expected at least {num_least} with kind {self.kind}: those to bring together, "
                 "then the base"
             )

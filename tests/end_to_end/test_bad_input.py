@@ -91,7 +91,7 @@ WRONG_FLAGS = {
     "one_layer_for_several": (
         "dense_connector",
         {"mm_projector_options": "vision_layers=-2"},
-        ["'dense_connector', option vision_layers: got 1", "at least 2"],
+        ["'dense_connector', option vision_layers: got 1", "at least 3"],
     ),
     "equal_widths": ("identity", {}, [str(VISION_HIDDEN_SIZE), str(TEXT_HIDDEN_SIZE)]),
     "class_token_on_a_map": (
