@@ -61,7 +61,7 @@ def describe_options(config_class: type) -> tuple[OptionInfo, ...]:
 
 
 def describe_type(hint: Any) -> str:
-    """A type as a sentence has it: `int`, `one of 1, 2, 3`, `list of int`, `int or none`."""
+    """A type as a sentence has it: `int`, `one of 1, 2, 3`, `list of int (as 1|2|3 or 1-3)`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return "one of " + ", ".join(str(argument) for argument in arguments)
@@ -69,7 +69,8 @@ def describe_type(hint: Any) -> str:
         return " or ".join("none" if argument is type(None) else describe_type(argument) for argument in arguments)
     if origin is tuple:
         if arguments[-1] is Ellipsis:
-            return f"list of {describe_type(arguments[0])}"
+            ranges = " or 1-3" if arguments[0] is int else ""
+            return f"list of {describe_type(arguments[0])} (as 1|2|3{ranges})"
         return f"{len(arguments)} values: " + ", ".join(describe_type(argument) for argument in arguments)
     if origin is dict:
         return "options (a JSON object, or [key=value,...])"
@@ -124,15 +125,32 @@ def convert_options(projector_name: str, config_class: type, options: Mapping[st
         if name == "vision_layers" and isinstance(value, str):
             value = config_class.layer_presets.get(value, value)
         label = f"projector {projector_name!r}, option {name!r}"
-        converted[name] = _to_json(convert_value(label, value, hints[name], fields[name].metadata))
+        named = config_class.layer_presets if name == "vision_layers" else ()
+        converted[name] = _to_json(convert_value(label, value, hints[name], fields[name].metadata, named=named))
     return converted
 
 
-def convert_value(label: str, value: Any, hint: Any, metadata: Mapping[str, Any], from_text: bool = True) -> Any:
-    """One value as its declared type; strings are read as text of that type unless `from_text` is false."""
+def convert_value(
+    label: str,
+    value: Any,
+    hint: Any,
+    metadata: Mapping[str, Any],
+    from_text: bool = True,
+    named: Iterable[str] = (),
+) -> Any:
+    """One value as its declared type; strings are read as text of that type unless `from_text` is false.
+
+    Args:
+        named: words that the caller has already put values for, which a refusal lists.
+    """
     converted = _convert(value, hint, from_text)
     if converted is _REFUSED:
-        raise ProjectorError(f"{label}: got {value!r} ({type(value).__name__}), expected {describe_type(hint)}")
+        # What was typed is always text, so its type is no news.
+        given = repr(value) if from_text and isinstance(value, str) else f"{value!r} ({type(value).__name__})"
+        names = f", or one of {', '.join(named)}" if named else ""
+        raise ProjectorError(
+            f"{label}: got {given}, expected {describe_type(hint)}{names}{_near_hint(str(value), named)}"
+        )
     _check_range(label, converted, metadata)
     return converted
 
@@ -149,9 +167,13 @@ def check_fields(config: Any) -> None:
 def unknown_name_message(kind: str, name: str, known: Iterable[str], listing: str) -> str:
     """`unknown KIND 'sape'. Did you mean 'saep'? LISTING: ...`"""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"unknown {kind}: {name!r}.{hint} {listing}: {', '.join(known)}."
+    hint = _near_hint(name, known)
+    return f"unknown {kind}: {name!r}{hint or '.'} {listing}: {', '.join(known)}."
+
+
+def _near_hint(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f". Did you mean {near[0]!r}?" if near else ""
 
 
 _REFUSED = object()
@@ -214,7 +236,7 @@ def _convert_union(value: Any, members: tuple, from_text: bool) -> Any:
 
 def _convert_tuple(value: Any, members: tuple, from_text: bool) -> Any:
     if from_text and isinstance(value, str):
-        value = _tuple_text_to_list(value)
+        value = _tuple_text_to_list(value, with_ranges=members[0] is int)
     elif from_text and type(value) is int and members[-1] is Ellipsis:
         value = [value]
     if not isinstance(value, list | tuple):
@@ -226,13 +248,26 @@ def _convert_tuple(value: Any, members: tuple, from_text: bool) -> Any:
     return _REFUSED if any(entry is _REFUSED for entry in converted) else converted
 
 
-def _tuple_text_to_list(text: str) -> Any:
+def _tuple_text_to_list(text: str, with_ranges: bool) -> Any:
     if text.strip().startswith("["):
         try:
             return json.loads(text)
         except json.JSONDecodeError:
             return None
-    return text.split("|")
+    parts = text.split("|")
+    return [entry for part in parts for entry in _range_entries(part)] if with_ranges else parts
+
+
+def _range_entries(part: str) -> Iterable[Any]:
+    """`4-6` -> 4, 5, 6; anything else, a long range too, as it is, to be refused where it is no integer."""
+    first, separator, last = part.strip().partition("-")
+    if not (separator and _is_short_number(first) and _is_short_number(last)):
+        return [part]
+    return range(int(first), int(last) + 1) or [part]
+
+
+def _is_short_number(text: str) -> bool:
+    return text.isdecimal() and len(text) <= 4
 
 
 def _check_range(label: str, value: Any, metadata: Mapping[str, Any]) -> None:

@@ -127,8 +127,27 @@ def test_option_descriptions_name_type_and_default():
     assert described["stride"].type == "one of 1, 2, 3, 4"
     assert described["stride"].default == 2
     assert described["mid_channels"].type == "int or none"
-    assert described["vision_layers"].type == "list of int"
+    assert described["vision_layers"].type == "list of int (as 1|2|3 or 1-3)"
     assert "vision_hidden_size" not in described
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"), [("0-3", [0, 1, 2, 3]), ("0-2|7|7", [0, 1, 2, 7, 7]), ("-2", [-2]), ("4-4", [4])]
+)
+def test_layers_are_also_written_as_ranges(text, layers):
+    assert select_projector("saep", {"vision_layers": text}).options["vision_layers"] == layers
+
+
+@pytest.mark.parametrize("text", ["12 16", "5-2", "0-10000000000", "1-2-3"])
+def test_a_list_that_cannot_be_read_is_refused_with_how_to_write_one(text):
+    with pytest.raises(ProjectorError) as error:
+        select_projector("dense_connector", {"vision_layers": text})
+    assert "as 1|2|3 or 1-3" in str(error.value)
+
+
+def test_a_misspelt_name_of_layers_is_refused_with_the_names():
+    with pytest.raises(ProjectorError, match=r"'lfs'.*1\|2\|3.*token_packer, sci, lsf.*Did you mean 'lsf'"):
+        select_projector("saep", {"vision_layers": "lfs"})
 
 
 def test_layers_are_read_in_the_order_given_and_the_last_named_is_the_shortcuts():
