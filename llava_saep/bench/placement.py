@@ -1,11 +1,13 @@
 """A projector between a tower and a language model: its tokens, parameters and layers, without its weights."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from llava_saep.errors import UserError
 from projectors import (
     PatchGrid,
     Projector,
@@ -88,6 +90,21 @@ def describe_registered(names: Sequence[str], sizes: Sizes) -> list[ProjectorDes
             reason = str(error) if isinstance(error, ProjectorError) else f"{type(error).__name__}: {error}"
             descriptions.append(ProjectorDescription(name=name, registered_name=name, summary="", error=reason))
     return descriptions
+
+
+def refuse_unusable(reasons: Mapping[str, str | None]) -> None:
+    """For the end of a command, when everything has been printed: what was asked for by name, but cannot be used.
+
+    Args:
+        reasons: the `error` of each projector that was named.
+    Raises:
+        UserError: at least one has a reason; it names all of them.
+    """
+    unusable = [f"{name}: {reason}" for name, reason in reasons.items() if reason is not None]
+    if unusable:
+        # A file or pipe is written in blocks: without this the reasons would come before what they are about.
+        sys.stdout.flush()
+        raise UserError("\n".join(unusable))
 
 
 def select_by_hand(name: str, options: Mapping[str, Any] | None = None) -> ProjectorSelection:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from llava_saep.bench.machine import describe_machine
+from llava_saep.bench.placement import refuse_unusable
 from llava_saep.bench.plot import check_plot_path, plot_measurements
 from llava_saep.bench.profiling import StepProfile
 from llava_saep.bench.projectors import DEFAULT_PROJECTORS, ProjectorBenchmark
@@ -27,7 +28,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure, print the tables and write what was asked for; after Ctrl-C with what there is by then."""
+    """Measure, print the tables and write what was asked for; after Ctrl-C with what there is by then.
+
+    Raises:
+        UserError: at the end, one that was named cannot be used or measured.
+    """
     arguments = _parser().parse_args(argv)
     _refuse_contradictions(arguments)
     json_path = check_json_path(arguments.json) if arguments.json else None
@@ -57,7 +62,11 @@ def main(argv: Sequence[str]) -> int:
         _plot(benchmark, document, plot_path)
     if json_path is not None:
         print(f"\nevery repeat, settings and machine: {json_path}")
-    return EXIT_INTERRUPTED if is_interrupted else 0
+    if is_interrupted:
+        return EXIT_INTERRUPTED
+    if arguments.names:
+        refuse_unusable({row.name: row.error for row in benchmark.measurements})
+    return 0
 
 
 def plan_benchmark(arguments: argparse.Namespace, workload: Workload, progress: Progress) -> ProjectorBenchmark:

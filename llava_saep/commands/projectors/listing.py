@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from llava_saep.bench.placement import ProjectorDescription, describe_projector, describe_registered
+from llava_saep.bench.placement import ProjectorDescription, describe_projector, describe_registered, refuse_unusable
 from llava_saep.commands.projectors import SUBCOMMANDS
 from llava_saep.commands.projectors.flags import add_option_flag, add_size_flags, sizes_of
 from llava_saep.commands.projectors.text import columns, describe_sizes, layer_ranges, terminal_width, wrapped
@@ -19,7 +19,11 @@ _INDENT_BELOW = 4
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the table, with a line for every projector and preset or for those that are named."""
+    """Print the table, with a line for every projector and preset or for those that are named.
+
+    Raises:
+        UserError: at the end, one that was named cannot be used.
+    """
     arguments = _parser().parse_args(argv)
     if arguments.mm_projector_options and not arguments.names:
         raise UserError("--mm_projector_options belong to one projector: name it, as in `llava-saep projectors saep`")
@@ -36,6 +40,8 @@ def main(argv: Sequence[str]) -> int:
     else:
         print(describe_sizes(sizes) + "\n")
         print("\n".join(table_lines(rows, terminal_width())))
+    if arguments.names:
+        refuse_unusable({row.name: row.error for row in rows})
     return 0
 
 

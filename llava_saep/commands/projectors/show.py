@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from llava_saep.bench.placement import ProjectorDescription, Sizes, describe_projector, select_by_hand
+from llava_saep.bench.placement import ProjectorDescription, Sizes, describe_projector, refuse_unusable, select_by_hand
 from llava_saep.commands.projectors.explaining import (
     Option,
     class_description,
@@ -35,7 +35,11 @@ _DEEP_INDENT = 6
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the projector as text or as JSON."""
+    """Print the projector as text or as JSON.
+
+    Raises:
+        UserError: at the end, it cannot be used with these sizes and options.
+    """
     arguments = _parser().parse_args(argv)
     sizes = sizes_of(arguments)
     options = parse_projector_options(arguments.mm_projector_options)
@@ -45,6 +49,7 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps(as_document(arguments.name, row, spec, sizes), indent=2))
     else:
         print("\n".join(as_lines(arguments.name, row, spec, sizes, terminal_width())))
+    refuse_unusable({row.name: row.error})
     return 0
 
 

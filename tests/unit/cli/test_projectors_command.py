@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -170,11 +172,49 @@ def test_listing_needs_neither_transformers_nor_matplotlib():
         (["bench", "--json", "absent/folder/file.json"], "--json absent/folder/file.json"),
         (["bench", "--plot", "plot.pdf"], ".png or .svg"),
         (["docs", "--output", "absent/page.md"], "there is no folder"),
+        (["qformer", "--mm_projector_options", "num_queries=99999999999999999999999"], "at most 1000000"),
+        (["show", "mlp99999999x_gelu"], "at most 1000"),
     ],
 )
 def test_mistakes_exit_with_2(flags, message, capsys):
     assert main(["projectors", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+OUTSIDE_THE_TOWER = ["saep", "--mm_projector_options", "vision_layers=30"]
+
+
+@pytest.mark.parametrize("flags", [OUTSIDE_THE_TOWER, ["show", *OUTSIDE_THE_TOWER], [*BENCH[1:], *OUTSIDE_THE_TOWER]])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_named_projector_that_cannot_be_used_exits_with_2_and_ends_with_the_reason(flags, as_json, tmp_path, capsys):
+    json_flags = ["--json", str(tmp_path / "bench.json")] if "bench" in flags else ["--json"]
+    assert main(["projectors", *flags, *(json_flags if as_json else [])]) == 2
+    printed = capsys.readouterr()
+    last = printed.err.splitlines()[-1]
+    assert last.startswith("llava-saep projectors: saep: ") and "layer 30 does not exist" in last
+    assert "saep" in printed.out
+
+
+def test_reason_stands_behind_the_page_where_both_go_to_one_file():
+    """Standard output is written in blocks then, standard error at once."""
+    command = [sys.executable, "-m", "llava_saep.cli", "projectors", "show", *OUTSIDE_THE_TOWER]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    joined = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    result = subprocess.run(command, cwd=ROOT, env=environment, text=True, timeout=120, **joined)
+    assert result.returncode == 2
+    assert "layer 30 does not exist" in result.stdout.splitlines()[-1]
+
+
+def test_projectors_that_nobody_named_may_be_unusable(capsys):
+    rows = {row["name"]: row for row in json.loads(output_of(capsys, "--json"))["projectors"]}
+    assert rows["identity"]["error"]
+
+
+@pytest.mark.parametrize("flags", [["llava_sp"], ["show", "llava_sp"]])
+def test_sizes_that_torch_cannot_hold_are_a_reason_and_no_traceback(flags, capsys):
+    huge = "kernel_sizes=1000000,spatial_hidden_size=1000000"
+    assert main(["projectors", *flags, "--mm_projector_options", huge]) == 2
+    assert "RuntimeError: " in capsys.readouterr().err
 
 
 def test_grid_is_height_times_width():
@@ -230,7 +270,7 @@ def test_show_tells_options_presets_source_and_sizes(capsys, monkeypatch):
     assert max(map(len, shown.splitlines())) <= 100
     assert "stride = 3 (default 2)" in words and "order = dw_pw (default pw_dw)" in words
     assert "kernel_size = 3 side of the depthwise filter" in words and "[one of 1, 2, 3, 5, 7]" in words
-    assert "[int, at least 1]" in words and "token_packer 12|16|22|23" in words
+    assert "[int, at least 1, at most 1000]" in words and "token_packer 12|16|22|23" in words
     assert "64 on 24 x 24 patches: ceil(H / stride) * ceil(W / stride)" in words
     assert "https://arxiv.org/abs/2410.10319" in words and "built-in (projectors.saep:SAEP)" in words
     assert "saep_single_layer: vision_layers=-2" in words
@@ -244,7 +284,7 @@ def test_show_as_json_has_every_option_with_its_value(capsys):
         "name": "depth",
         "type": "int",
         "default": 2,
-        "allowed": "at least 1",
+        "allowed": "at least 1, at most 1000",
         "help": options["depth"]["help"],
         "value": 3,
     }
@@ -259,7 +299,7 @@ def test_layers_that_are_read_by_default_are_those_of_the_tower(capsys):
 
 
 def test_projector_that_does_not_fit_is_shown_with_the_reason(capsys):
-    shown = " ".join(output_of(capsys, "show", "identity").split())
+    shown = " ".join(output_of(capsys, "show", "identity", code=2).split())
     assert "changes no width" in shown and "keep_cls_token" in shown
 
 
@@ -301,6 +341,17 @@ def test_checked_options_are_named(capsys):
     )
 
 
+def test_the_readmes_example_conforms_as_a_file_of_the_package(tmp_path):
+    """Projectors of the package are asked for more than a user's own file, such as their source."""
+    shutil.copytree(ROOT / "projectors", tmp_path / "projectors", ignore=shutil.ignore_patterns("__pycache__"))
+    readme = (ROOT / "projectors" / "README.md").read_text(encoding="utf-8")
+    example = readme.split("```python\n")[1].split("```")[0]
+    (tmp_path / "projectors" / "blur.py").write_text(example, encoding="utf-8")
+    check = "from projectors.conformance import check_projector; check_projector('blur').raise_if_failed()"
+    result = subprocess.run([sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
 # bench
 
 
@@ -309,7 +360,7 @@ def test_bench_measures_and_writes_table_json_and_plot(tmp_path, capsys, monkeyp
     monkeypatch.setenv("COLUMNS", "80")
     json_path, plot_path = tmp_path / "bench.json", tmp_path / "bench.png"
     flags = ["--json", str(json_path), "--plot", str(plot_path)]
-    assert main([*BENCH, "saep", "mlp2x_gelu", "identity", *flags]) == 0
+    assert main([*BENCH, "saep", "mlp2x_gelu", "identity", *flags]) == 2
     printed = capsys.readouterr()
     assert max(len(line) for line in printed.out.splitlines() if str(tmp_path) not in line) <= 80
     document = json.loads(json_path.read_text())
@@ -317,6 +368,7 @@ def test_bench_measures_and_writes_table_json_and_plot(tmp_path, capsys, monkeyp
     assert document["command"][:3] == ["llava-saep", "projectors", "bench"] and not document["interrupted"]
     assert plot_path.read_bytes().startswith(b"\x89PNG")
     assert "identity: projector 'identity' changes no width" in " ".join(printed.out.split())
+    assert printed.err.endswith(f"identity: {document['projectors'][2]['error']}\n")
     assert "divided by mlp2x_gelu's" in printed.out
     assert "round 1 of 2" in printed.err and "round 1 of 2" not in printed.out
 
