@@ -189,6 +189,9 @@ class Projector(nn.Module):
     compile_limitation: ClassVar[str] = ""
     """Why `torch.compile(fullgraph=True)` cannot take this projector; empty when it can."""
 
+    zero_gradient_parameters: ClassVar[tuple[str, ...]] = ()
+    """Patterns (as of fnmatch) of parameters whose gradient is zero by construction, such as softmax's key biases."""
+
     def __init__(self, config: ProjectorConfig) -> None:
         super().__init__()
         self.config = config

@@ -39,7 +39,7 @@ class WindowedProjectorConfig(ProjectorConfig):
         return padded
 
     def num_output_tokens(self, grid: PatchGrid) -> int:
-        return self.token_grid(grid).num_patches
+        return self.padded_grid(grid).num_patches // self.factor**2
 
-    def token_grid(self, grid: PatchGrid) -> PatchGrid:
+    def token_grid(self, grid: PatchGrid) -> PatchGrid | None:
         return PatchGrid(*(side // self.factor for side in self.padded_grid(grid)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import fnmatch
 import importlib
 import inspect
 import itertools
@@ -20,13 +21,14 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from . import _registry
 from ._base import PatchGrid, Projector, ProjectorConfig
 from ._checkpoint import load_projector_state_dict
 from ._errors import ProjectorError
@@ -38,6 +40,7 @@ _GRIDS = (PatchGrid(6, 6), PatchGrid(4, 4), PatchGrid(7, 7), PatchGrid(4, 6), Pa
 _LARGE_GRID = PatchGrid(24, 24)  # for projectors that refuse all of these
 _BATCH_SIZE = 3
 _BF16_RELATIVE_ERROR = 0.05  # about six roundings of 2**-8 in sequence
+_CLEARLY_NEARER = 0.5  # of the mean squared distance; a wrong order of unmixed windows is 3 to 20 times as far
 _OPTIONAL_PACKAGES = ("transformers", "llava_saep", "deepspeed", "peft", "accelerate", "timm", "torchvision", "einops")
 
 
@@ -286,6 +289,65 @@ def _check_token_grid_holds_all_tokens(subject: _Subject) -> None:
 
 
 @_check
+def _check_tokens_lie_where_token_grid_says(subject: _Subject) -> None:
+    """Each token is moved most by the patches around its place; no other order of the places does clearly better.
+
+    The comparison is of the whole map, so that wide kernels, which move a token's neighbours more than itself, pass,
+    and so do tokens that all see the whole map alike.
+    """
+    grids = [grid for grid in (*_GRIDS, _LARGE_GRID) if _takes(subject.config, grid)]
+    maps = [(grid, subject.config.token_grid(grid)) for grid in grids]
+    maps = [(grid, places) for grid, places in maps if places is not None and min(places) > 1]
+    if not maps:
+        raise _Skip("its tokens form no map of two rows and two columns on any grid that is tried")
+    # A map with unequal sides shows their exchange too.
+    grid, places = next((pair for pair in maps if pair[1].height != pair[1].width), maps[0])
+    influence = _influence(subject, grid)
+    as_promised, *others = (_mean_distance(influence, grid, centres) for centres in _orders(places).values())
+    for name, distance in zip(list(_orders(places))[1:], others, strict=True):
+        _require(
+            distance > _CLEARLY_NEARER * as_promised,
+            f"on a {grid} grid the tokens are no {places} map row by row: they lie {name}; return None from "
+            "token_grid, or the map that they form",
+        )
+
+
+def _influence(subject: _Subject, grid: PatchGrid) -> Tensor:
+    """(patches, tokens): how far each output token moves when one patch of every layer changes."""
+    first_patch = subject.config.num_input_tokens(grid) - grid.num_patches
+    projector, features = subject.randomised(), []
+    for layer, tokens in enumerate(subject.features(grid, batch_size=1)):
+        images = tokens.repeat(grid.num_patches + 1, 1, 1)  # the last one stays as it is
+        change = torch.randn(tokens.shape[2], generator=torch.Generator().manual_seed(9 + layer))
+        for patch in range(grid.num_patches):
+            images[patch, first_patch + patch] += 3 * change
+        features.append(images)
+    with torch.no_grad():
+        output = projector(features, grid)
+    return (output[:-1] - output[-1:]).float().pow(2).sum(2)
+
+
+def _orders(places: PatchGrid) -> dict[str, Tensor]:
+    """(tokens, 2) relative places of the tokens, row by row first and then as it is easily mistaken."""
+    centres = torch.cartesian_prod(*((torch.arange(side) + 0.5) / side for side in places))
+    transposed = torch.cartesian_prod(*((torch.arange(side) + 0.5) / side for side in reversed(places)))
+    return {
+        "row by row": centres,
+        "column by column": transposed.flip(1),
+        f"row by row of a {places.width}x{places.height} map": transposed,
+        "from the last row to the first": centres * torch.tensor([-1, 1]) + torch.tensor([1, 0]),
+        "from the last column to the first": centres * torch.tensor([1, -1]) + torch.tensor([0, 1]),
+        "from the last token to the first": 1 - centres,
+    }
+
+
+def _mean_distance(influence: Tensor, grid: PatchGrid, centres: Tensor) -> float:
+    """Squared distance between a patch and a token, weighted by how far the one moves the other."""
+    patches = torch.cartesian_prod(*((torch.arange(side) + 0.5) / side for side in grid))
+    return float((influence * torch.cdist(patches, centres).pow(2)).sum() / influence.sum().clamp_min(1e-12))
+
+
+@_check
 def _check_importing_needs_nothing_optional(subject: _Subject) -> None:
     """Read from the source: what the module imports when it is imported."""
     source = inspect.getsource(sys.modules[subject.spec.module_class.__module__])
@@ -384,6 +446,7 @@ def _check_rows_are_independent(subject: _Subject) -> None:
 
 @_check
 def _check_gradient_reaches_every_parameter(subject: _Subject) -> None:
+    """Finite, and not zero throughout unless the class says so in `zero_gradient_parameters`."""
     projector = subject.randomised()
     if not list(projector.parameters()):
         raise _Skip("the projector has no parameters")
@@ -391,6 +454,12 @@ def _check_gradient_reaches_every_parameter(subject: _Subject) -> None:
     for name, parameter in projector.named_parameters():
         _require(parameter.grad is not None, f"parameter {name!r} gets no gradient")
         _require(bool(parameter.grad.isfinite().all()), f"the gradient of parameter {name!r} is not finite")
+        is_zero_by_construction = any(fnmatch.fnmatchcase(name, each) for each in projector.zero_gradient_parameters)
+        _require(
+            is_zero_by_construction or bool(parameter.grad.any()),
+            f"the gradient of parameter {name!r} is zero; if that is by construction, name it in "
+            "zero_gradient_parameters",
+        )
 
 
 @_check
@@ -583,6 +652,53 @@ def _check_no_parameter_is_created_by_the_first_call(subject: _Subject) -> None:
 def _tensors(projector: Projector) -> Iterator[tuple[str, Tensor]]:
     yield from projector.named_parameters()
     yield from projector.named_buffers()
+
+
+@_check
+def _check_it_builds_with_partitioned_parameters(subject: _Subject) -> None:
+    """As under ZeRO-3's zero.Init: a submodule's parameters are empty as soon as it has been built."""
+    with _partitioning():
+        projector = subject.selection.build(subject.config)
+        for parameter in projector.parameters():
+            _partition(parameter)
+        projector.reset_parameters()
+    written = [name for name, parameter in projector.named_parameters() if parameter.numel()]
+    _require(not written, f"reset_parameters puts values in place of what is partitioned away: {', '.join(written)}")
+
+
+@contextmanager
+def _partitioning() -> Iterator[None]:
+    """Take away the values of every module that is put into another, which is when its constructor has ended."""
+    set_attribute, add_module = torch.nn.Module.__setattr__, torch.nn.Module.add_module
+    initialize = _registry.initialize_projector
+
+    def partition_all(value: Any) -> None:
+        for parameter in value.parameters() if isinstance(value, torch.nn.Module) else ():
+            _partition(parameter)
+
+    def partitioning_set(self: torch.nn.Module, name: str, value: Any) -> None:
+        partition_all(value)
+        set_attribute(self, name, value)
+
+    def partitioning_add(self: torch.nn.Module, name: str, module: torch.nn.Module | None) -> None:
+        partition_all(module)
+        add_module(self, name, module)
+
+    torch.nn.Module.__setattr__, torch.nn.Module.add_module = partitioning_set, partitioning_add
+    _registry.initialize_projector = lambda projector: None  # a projector's inner one: only DeepSpeed can gather it
+    try:
+        yield
+    finally:
+        torch.nn.Module.__setattr__, torch.nn.Module.add_module = set_attribute, add_module
+        _registry.initialize_projector = initialize
+
+
+def _partition(parameter: torch.nn.Parameter) -> None:
+    """What DeepSpeed leaves of a parameter: its status, its shape elsewhere, and no elements."""
+    if not hasattr(parameter, "ds_status"):
+        parameter.ds_shape = parameter.shape
+        parameter.ds_status = SimpleNamespace(name="NOT_AVAILABLE")
+        parameter.data = torch.empty(0, dtype=parameter.dtype)
 
 
 @_check

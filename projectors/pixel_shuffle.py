@@ -42,6 +42,10 @@ class PixelShuffleConfig(WindowedProjectorConfig):
         "default", "PyTorch's default, or nanoVLM's: normal of std 0.02 with zero biases"
     )
 
+    def token_grid(self, grid: PatchGrid) -> PatchGrid | None:
+        """None in column order: read row by row, such tokens are the transposed map."""
+        return super().token_grid(grid) if self.token_order == "row" else None
+
 
 @register_projector(
     "pixel_shuffle",

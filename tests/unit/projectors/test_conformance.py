@@ -71,6 +71,18 @@ class HasAnIdleParameter(Toy):
             nn.init.zeros_(self.idle)
 
 
+class MultipliesByZero(HasAnIdleParameter):
+    def forward(self, features, grid):
+        return super().forward(features, grid) + 0 * self.idle.sum()
+
+
+class ReadsAShapeInReset(Toy):
+    def reset_parameters(self):
+        num_rows, num_columns = self.linear.weight.shape
+        nn.init.uniform_(self.linear.weight, -1 / num_columns, 1 / num_columns)
+        nn.init.zeros_(self.linear.bias)
+
+
 class DetachesItsInput(Toy):
     def forward(self, features, grid):
         return super().forward([tokens.detach() for tokens in features], grid)
@@ -179,6 +191,8 @@ BROKEN = [
     (TakesAnything, "wrong_features_are_refused"),
     (MixesRows, "rows_are_independent"),
     (HasAnIdleParameter, "gradient_reaches_every_parameter"),
+    (MultipliesByZero, "gradient_reaches_every_parameter"),
+    (ReadsAShapeInReset, "it_builds_with_partitioned_parameters"),
     (DetachesItsInput, "gradient_reaches_the_features"),
     (ComputesAnewDifferently, "gradient_checkpointing_changes_nothing"),
     (LosesPrecision, "bf16_is_close_to_fp32"),
@@ -209,7 +223,7 @@ def register_toy(scratch_registry):
 
 
 def test_the_sound_toy_passes_everything(register_toy):
-    report = check_projector(register_toy(Toy), compile=True)
+    report = check_projector(register_toy(MapsInOrder, MappedConfig), compile=True)
     assert report.passed and not [result for result in report.results if result.status == "skipped"], str(report)
 
 
@@ -261,6 +275,83 @@ def test_a_map_of_tokens_that_is_too_small_is_found(register_toy):
     (result,) = check_projector(register_toy(Toy, HalvingConfig), checks=["token_grid_holds_all_tokens"]).results
     assert result.status == "failed"
     assert "3x6" in result.detail and "36" in result.detail
+
+
+@dataclass(frozen=True, kw_only=True)
+class MappedConfig(ToyConfig):
+    def token_grid(self, grid):
+        return grid
+
+
+class MapsInOrder(Toy):
+    """Its tokens lie as its patches do."""
+
+
+class MapsByColumns(Toy):
+    """Its tokens are listed column by column."""
+
+    def forward(self, features, grid):
+        tokens = super().forward(features, grid)
+        return tokens.unflatten(1, grid).transpose(1, 2).flatten(1, 2)
+
+
+class MapsUpsideDown(Toy):
+    """Its tokens are listed from the last row to the first."""
+
+    def forward(self, features, grid):
+        return super().forward(features, grid).unflatten(1, grid).flip(1).flatten(1, 2)
+
+
+class MapsFromRightToLeft(Toy):
+    """Each row of its tokens is listed from the last to the first."""
+
+    def forward(self, features, grid):
+        return super().forward(features, grid).unflatten(1, grid).flip(2).flatten(1, 2)
+
+
+class SeesTheWholeMap(Toy):
+    """All of its tokens see all patches equally, so that no place is more theirs than another."""
+
+    def forward(self, features, grid):
+        tokens = super().forward(features, grid)
+        return tokens.mean(1, keepdim=True).expand_as(tokens)
+
+
+@pytest.mark.parametrize(
+    "module_class, status",
+    [
+        (MapsInOrder, "passed"),
+        (MapsByColumns, "failed"),
+        (MapsUpsideDown, "failed"),
+        (MapsFromRightToLeft, "failed"),
+        (SeesTheWholeMap, "passed"),
+    ],
+)
+def test_the_map_of_tokens_is_held_to_the_places_of_the_patches(register_toy, module_class, status):
+    check = "tokens_lie_where_token_grid_says"
+    (result,) = check_projector(register_toy(module_class, MappedConfig), checks=[check]).results
+    assert result.status == status, result.detail
+
+
+def test_tokens_that_form_no_map_have_no_place_to_check(register_toy):
+    (result,) = check_projector(register_toy(Toy), checks=["tokens_lie_where_token_grid_says"]).results
+    assert result.status == "skipped"
+
+
+def test_a_parameter_may_be_declared_to_get_no_gradient(register_toy):
+    class Declared(MultipliesByZero):
+        """Says that one of its parameters gets a zero gradient."""
+
+        zero_gradient_parameters = ("id*",)
+
+    check_projector(register_toy(Declared), checks=["gradient_reaches_every_parameter"]).raise_if_failed()
+
+
+def test_simulated_partitioning_leaves_modules_as_they_were(register_toy):
+    before = nn.Module.__setattr__, nn.Module.add_module
+    check_projector(register_toy(ReadsAShapeInReset), checks=["it_builds_with_partitioned_parameters"])
+    assert (nn.Module.__setattr__, nn.Module.add_module) == before
+    assert nn.Linear(2, 3).weight.shape == (3, 2)
 
 
 def test_a_config_that_does_not_survive_json_is_found(register_toy):
@@ -340,6 +431,7 @@ def test_unregistered_class_is_refused():
 def test_every_check_has_a_projector_that_fails_it():
     also_tested_above = {"metadata_is_complete", "config_survives_json", "importing_needs_nothing_optional"}
     also_tested_above |= {"token_formula_tells_the_token_count", "token_grid_holds_all_tokens"}
+    also_tested_above |= {"tokens_lie_where_token_grid_says"}
     also_tested_above |= {"state_dict_loads_under_any_prefix"}  # load_projector_state_dict has its own tests
     assert {check for _, check in BROKEN} | also_tested_above == set(CHECK_NAMES)
 

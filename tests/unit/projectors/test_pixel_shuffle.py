@@ -207,3 +207,11 @@ def test_normal_init_is_nanovlms():
 )
 def test_options_keep_the_contract(options):
     check_projector("pixel_shuffle", options).raise_if_failed()
+
+
+def test_tokens_in_column_order_form_no_map():
+    """They are the transposed map; read row by row, crops would be put together scrambled."""
+    for order, expected in (("row", PatchGrid(4, 2)), ("column", None)):
+        config = build("pixel_shuffle", {"token_order": order}).config
+        assert config.token_grid(PatchGrid(8, 4)) == expected
+        assert config.num_output_tokens(PatchGrid(8, 4)) == 8
