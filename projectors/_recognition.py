@@ -1,7 +1,7 @@
 """Whose weights are these? For the message where a file does not fit the projector that was asked for.
 
-Every registered projector is built without memory, and its own keys and its original's are held against the file's, so
-that a new projector is recognised without a line here.
+Every registered projector, preset and example spelling is built without memory, and its own keys and its original's are
+held against the file's, so that a new projector is recognised without a line here.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from torch import Tensor
 from ._base import Projector
 from ._checkpoint import nearest_reading
 from ._errors import ProjectorError
-from ._registry import load_plug_ins, registered_presets, registered_projectors, select_projector
-
-_SPELLINGS = ("mlp1x_gelu", "mlp3x_gelu", "mlp4x_gelu", "mlp2x_res2x_gelu")
-"""Spellings that occur in the field and stand for other keys than the registered name's defaults."""
+from ._registry import (
+    load_plug_ins,
+    registered_presets,
+    registered_projectors,
+    registered_spellings,
+    select_projector,
+)
 
 _LEAST_SHARE = 0.5
 """A projector is named as near when it has at least this share of all the keys, its own and the file's."""
@@ -58,7 +61,7 @@ def recognise_projector(
 def _candidates(num_vision_layers: int | None, **widths: int) -> Iterator[tuple[str, str, Projector]]:
     """Each name with the registered name behind it and a projector that holds no memory."""
     load_plug_ins()
-    for name in (*registered_projectors(), *registered_presets(), *_SPELLINGS):
+    for name in (*registered_projectors(), *registered_presets(), *registered_spellings()):
         try:
             selection = select_projector(name)
             config = selection.build_config(**widths, num_vision_layers=num_vision_layers)

@@ -59,7 +59,8 @@ class ProjectorSpec:
 
     `provider` says where the class comes from: "built-in", "entry-point", or the `module:Class` of a user's own code.
     `package` is the installed package of an entry point, as "my-projector 0.1.0"; empty for all others.
-    `parse_spelling` maps a spelling that carries options (`mlp2x_gelu`) to those options, or to None.
+    `parse_spelling` maps a spelling that carries options (`mlp2x_gelu`) to those options, or to None;
+    `example_spellings` are some that it understands.
     `token_formula` says how many tokens an H x W grid gives, in Python's arithmetic where that is possible.
     """
 
@@ -74,6 +75,7 @@ class ProjectorSpec:
     token_formula: str = ""
     presets: Mapping[str, ProjectorPreset] = field(default_factory=dict)
     package: str = ""
+    example_spellings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,7 @@ def register_projector(
     parse_spelling: SpellingParser | None = None,
     token_formula: str = "",
     presets: Mapping[str, ProjectorPreset] | None = None,
+    example_spellings: tuple[str, ...] = (),
 ) -> Callable[[type[Projector]], type[Projector]]:
     """Class decorator that makes a projector known under a name.
 
@@ -206,9 +209,11 @@ def register_projector(
         token_formula: tokens per image as an expression of H, W and the options, such as
             `"ceil(H / stride) * ceil(W / stride)"` (conformance evaluates it), or in words.
         presets: further names, each for this projector with some options fixed.
+        example_spellings: spellings that `parse_spelling` understands and that occur in the field; they are listed
+            and suggested, and tried where unknown weights are to be recognised.
     Raises:
         ProjectorError: the name, an alias or a preset is taken, or the class or config is not of the contract's type,
-            or a preset's options are not the projector's.
+            or a preset's options are not the projector's, or an example is not understood.
     """
 
     def register(module_class: type[Projector]) -> type[Projector]:
@@ -237,11 +242,28 @@ def register_projector(
             token_formula,
             checked_presets,
             package,
+            tuple(example_spellings),
         )
+        _check_examples(spec)
         _add(spec)
         return module_class
 
     return register
+
+
+def _check_examples(spec: ProjectorSpec) -> None:
+    for spelling in spec.example_spellings:
+        if spec.parse_spelling is None or spec.parse_spelling(spelling) is None:
+            raise ProjectorError(
+                f"projector {spec.name!r}: parse_spelling does not understand {spelling!r} of example_spellings; "
+                "expected the options that it stands for"
+            )
+
+
+def registered_spellings() -> tuple[str, ...]:
+    """Examples of spellings that carry options, sorted; a plug-in's count once it is loaded."""
+    _load_built_ins()
+    return tuple(sorted(itertools.chain.from_iterable(spec.example_spellings for spec in _specs.values())))
 
 
 def registered_projectors() -> tuple[str, ...]:
@@ -370,7 +392,7 @@ def _find_with_options(spelling: str) -> tuple[ProjectorSpec, Mapping[str, Any]]
 
 
 def _unknown_projector(spelling: str, problems: Mapping[str, ProjectorError]) -> ProjectorError:
-    known = (*registered_projectors(), *registered_presets())
+    known = (*registered_projectors(), *registered_presets(), *sorted(_aliases), *registered_spellings())
     message = unknown_name_message("projector", spelling, known, "Registered")
     return ProjectorError(" ".join([message, _OUTSIDE_HINT, *_unusable_plug_ins(problems)]))
 

@@ -81,9 +81,10 @@ def parse_mlp_spelling(spelling: str) -> dict[str, int] | None:
 @register_projector(
     "mlp",
     config=MLPConfig,
-    summary="LLaVA-1.5's MLP per token (mlp2x_gelu by default); keeps every token.",
+    summary="LLaVA-1.5's MLP per token, mlp{N}x_gelu or mlp{N}x_res{M}x_gelu (mlp2x_gelu by default).",
     paper="https://arxiv.org/abs/2310.03744",
     parse_spelling=parse_mlp_spelling,
+    example_spellings=("mlp1x_gelu", "mlp2x_gelu", "mlp3x_gelu", "mlp4x_gelu", "mlp2x_res2x_gelu"),
     token_formula="H * W + keep_cls_token",
 )
 class MLPProjector(Projector):

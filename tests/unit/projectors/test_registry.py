@@ -26,6 +26,7 @@ from projectors import (
     registered_projectors,
     select_projector,
 )
+from projectors._registry import registered_spellings
 from projectors.conformance import check_projector
 
 OWN_FILE = '''
@@ -122,6 +123,38 @@ def test_unknown_name_suggests_and_lists():
     assert str(error.value).startswith("unknown projector: 'sape'. Did you mean 'saep'? Registered: ")
     assert all(name in str(error.value) for name in registered_projectors())
     assert "package.module:Class" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "misspelled, meant",
+    [
+        ("mpl2x_gelu", "mlp2x_gelu"),
+        ("MLP2x_gelu", "mlp2x_gelu"),
+        ("mlp2x_relu", "mlp2x_gelu"),
+        ("mlp2x_res2_gelu", "mlp2x_res2x_gelu"),
+        ("ldpnett", "ldpnet"),
+    ],
+)
+def test_unknown_name_suggests_aliases_and_spellings(misspelled, meant):
+    with pytest.raises(ProjectorError, match=f"Did you mean '{meant}'") as error:
+        select_projector(misspelled)
+    assert "mlp2x_gelu" in str(error.value).partition("Registered:")[2]
+
+
+def test_example_spellings_are_listed_and_must_be_understood(scratch_registry):
+    def register(*examples):
+        return register_projector(
+            "spelled",
+            config=projector_spec("linear").config_class,
+            summary="x",
+            parse_spelling=lambda text: {} if text == "spelled7" else None,
+            example_spellings=examples,
+        )(type("Spelled", (Projector,), {}))
+
+    with pytest.raises(ProjectorError, match="'spelled8'"):
+        register("spelled7", "spelled8")
+    register("spelled7")
+    assert "spelled7" in registered_spellings()
 
 
 def test_spelled_option_must_agree_with_the_given_one():
