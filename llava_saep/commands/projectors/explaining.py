@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-import re
+import shlex
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -87,28 +87,29 @@ def class_place(spec: ProjectorSpec) -> str:
     return f"{spec.module_class.__module__}:{spec.module_class.__qualname__}"
 
 
-def example_flags(name: str, spec: ProjectorSpec, given: Mapping[str, Any] = MappingProxyType({})) -> str:
-    """Training flags that choose the projector, with an option of its own at its default written out.
+def example_flags(
+    name: str, spec: ProjectorSpec, given: Mapping[str, Any] = MappingProxyType({}), typed: str = ""
+) -> str:
+    """Training flags that choose the projector, with the options as typed, or one of its own at its default.
 
     Args:
-        given: options that the name fixes, which the example leaves out.
+        given: options that the name fixes, which the example of one leaves out.
+        typed: the text of `--mm_projector_options`.
     """
-    flags = f"--mm_projector_type {name}"
+    flags = f"--mm_projector_type {shlex.quote(name)}"
+    if typed.strip():
+        return f"{flags} --mm_projector_options {shlex.quote(typed)}"
     for option in explain_options(spec.config_class, None):
         if option.name not in _COMMON_OPTIONS and option.name not in given and option.default is not None:
             text = options_text({option.name: option.default})
-            return f"{flags} --mm_projector_options {_shell_quoted(text)}"
+            return f"{flags} --mm_projector_options {shlex.quote(text)}"
     return flags
 
 
-def _shell_quoted(text: str) -> str:
-    return text if re.fullmatch(r"[\w.,:/=+-]+", text) else f"'{text}'"
-
-
 def value_text(option: Option, value: Any) -> str:
-    """A value as one types it; a long list of layers as ranges."""
+    """A value as one types it; a long list of layers with ranges."""
     is_long = option.name == "vision_layers" and len(value) > _MAX_LAYERS_LISTED
-    return layer_ranges(value) if is_long else option_text(value)
+    return layer_ranges(value).replace(" ", "|") if is_long else option_text(value)
 
 
 def class_description(spec: ProjectorSpec) -> str:

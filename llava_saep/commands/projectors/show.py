@@ -46,14 +46,16 @@ def main(argv: Sequence[str]) -> int:
     row = describe_projector(arguments.name, sizes, options)
     spec = select_by_hand(arguments.name, options).spec
     if arguments.json:
-        print(json.dumps(as_document(arguments.name, row, spec, sizes), indent=2))
+        print(json.dumps(as_document(arguments.name, row, spec, sizes, arguments.mm_projector_options), indent=2))
     else:
-        print("\n".join(as_lines(arguments.name, row, spec, sizes, terminal_width())))
+        print("\n".join(as_lines(arguments.name, row, spec, sizes, terminal_width(), arguments.mm_projector_options)))
     refuse_unusable({row.name: row.error})
     return 0
 
 
-def as_document(name: str, row: ProjectorDescription, spec: ProjectorSpec, sizes: Sizes) -> dict[str, Any]:
+def as_document(
+    name: str, row: ProjectorDescription, spec: ProjectorSpec, sizes: Sizes, typed: str = ""
+) -> dict[str, Any]:
     """Everything, JSON-able; `value` is what an option is under this name."""
     options = explain_options(spec.config_class, sizes.num_vision_layers, row.options)
     return {
@@ -64,19 +66,25 @@ def as_document(name: str, row: ProjectorDescription, spec: ProjectorSpec, sizes
         "class": class_place(spec),
         "description": class_description(spec),
         "options_description": config_description(spec),
-        "example": example_flags(name, spec, row.options),
+        "example": None if row.error else example_flags(name, spec, row.options, typed),
     }
 
 
-def as_lines(name: str, row: ProjectorDescription, spec: ProjectorSpec, sizes: Sizes, width: int) -> Iterator[str]:
-    """Heading, facts, options, presets and description, wrapped to the width."""
+def as_lines(
+    name: str, row: ProjectorDescription, spec: ProjectorSpec, sizes: Sizes, width: int, typed: str = ""
+) -> Iterator[str]:
+    """Heading, facts, options, presets and description, wrapped to the width.
+
+    Args:
+        typed: the text of `--mm_projector_options`, for the line to copy.
+    """
     yield from wrapped(_heading(name, row), width)
     yield ""
     if row.preset_of:
         yield from _indented(row.summary, width)
     yield from _indented(spec.summary, width)
     yield ""
-    for label, text in _facts(name, row, spec, sizes).items():
+    for label, text in _facts(name, row, spec, sizes, typed).items():
         first, *others = wrapped(text, width - _LABEL_WIDTH - _INDENT)
         yield " " * _INDENT + label.ljust(_LABEL_WIDTH) + first
         yield from (" " * (_INDENT + _LABEL_WIDTH) + other for other in others)
@@ -104,7 +112,7 @@ def _heading(name: str, row: ProjectorDescription) -> str:
     return f"{name}{options}" if name == row.registered_name else f"{name}: {row.registered_name}{options}"
 
 
-def _facts(name: str, row: ProjectorDescription, spec: ProjectorSpec, sizes: Sizes) -> dict[str, str]:
+def _facts(name: str, row: ProjectorDescription, spec: ProjectorSpec, sizes: Sizes, typed: str) -> dict[str, str]:
     formula = row.token_formula
     if row.error:
         measured = {"tokens": formula, "cannot here": row.error}
@@ -121,7 +129,7 @@ def _facts(name: str, row: ProjectorDescription, spec: ProjectorSpec, sizes: Siz
         "also called": ", ".join(row.aliases),
         "paper": row.paper,
         "provider": provider_in_words(spec),
-        "train with": f"llava-saep train ... {example_flags(name, spec, row.options)}",
+        "train with": "" if row.error else f"llava-saep train ... {example_flags(name, spec, row.options, typed)}",
     }
     return {label: text for label, text in facts.items() if text}
 

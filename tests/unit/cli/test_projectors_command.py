@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import shlex
 import os
 import shutil
 import subprocess
@@ -308,6 +309,34 @@ def test_example_of_show_is_a_choice_that_is_taken(name, capsys):
     flags = json.loads(output_of(capsys, "show", name, "--json"))["example"].split()
     assert flags[:2] == ["--mm_projector_type", name]
     select_projector(name, parse_projector_options(flags[3].strip("'")) if len(flags) > 2 else {})
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("avg_pool", "num_queries=100"),
+        ("dense_connector", "kind=sci,projector=pixel_shuffle,projector_options=[factor=4]"),
+        ("saep", '{"stride": 3, "vision_layers": [12, 23]}'),
+    ],
+)
+def test_example_of_show_trains_what_is_shown(name, options, capsys):
+    flags = shlex.split(
+        json.loads(output_of(capsys, "show", name, "--mm_projector_options", options, "--json"))["example"]
+    )
+    assert flags == ["--mm_projector_type", name, "--mm_projector_options", options]
+
+
+def test_what_cannot_be_used_has_no_example(capsys):
+    assert "train with" not in output_of(capsys, "show", "identity", code=2)
+    assert json.loads(output_of(capsys, "show", "identity", "--json", code=2))["example"] is None
+
+
+@pytest.mark.parametrize("name", ["dense_connector", "token_fusion", "saep"])
+def test_default_layers_are_shown_as_they_can_be_typed(name, capsys):
+    line = next(each for each in output_of(capsys, "show", name).splitlines() if each.startswith("  vision_layers = "))
+    typed = line.removeprefix("  vision_layers = ")
+    expected = projector_spec(name).config_class.default_vision_layers(24)
+    assert tuple(select_projector(name, {"vision_layers": typed}).options["vision_layers"]) == expected
 
 
 # check
