@@ -41,7 +41,10 @@ class DenseConnectorConfig(ProjectorConfig):
         "sti appends pooled tokens of the other layers, sci concatenates their channels, dci concatenates the mean of "
         "their first half and the mean of their second half",
     )
-    projector: str = option("mlp2x_gelu", "the projector behind it: a registered name that reads one layer")
+    projector: str = option(
+        "mlp2x_gelu",
+        "the projector behind it: a registered name; one of several layers, such as saep, is given the fused one",
+    )
     projector_options: dict[str, Any] | None = option(None, "options of the projector behind it")
     pool_size: int = option(8, "sti: consecutive patches that are averaged to one appended token", minimum=1)
 

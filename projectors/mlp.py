@@ -81,7 +81,7 @@ def parse_mlp_spelling(spelling: str) -> dict[str, int] | None:
 @register_projector(
     "mlp",
     config=MLPConfig,
-    summary="LLaVA-1.5's MLP per token, mlp{N}x_gelu or mlp{N}x_res{M}x_gelu (mlp2x_gelu by default).",
+    summary="LLaVA-1.5's MLP per token: mlp{N}x_gelu (N is 2 by default), mlp{N}x_res{M}x_gelu; keeps every token.",
     paper="https://arxiv.org/abs/2310.03744",
     parse_spelling=parse_mlp_spelling,
     example_spellings=("mlp1x_gelu", "mlp2x_gelu", "mlp3x_gelu", "mlp4x_gelu", "mlp2x_res2x_gelu"),

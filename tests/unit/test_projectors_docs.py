@@ -108,6 +108,28 @@ def test_check_tells_whether_the_file_is_up_to_date_and_how_to_make_it_so(tmp_pa
     assert path.read_text(encoding="utf-8").endswith("more")
 
 
+def test_check_of_a_page_that_is_not_there_says_so(tmp_path, capsys, monkeypatch, page):
+    monkeypatch.setattr(docs, "reference_page", lambda: page)
+    monkeypatch.chdir(tmp_path)
+    assert main(["projectors", "docs", "--check"]) == 1
+    error = capsys.readouterr().err
+    assert "docs/projectors.md: no such file" in error and str(tmp_path) in error
+
+
+def test_default_options_are_written_as_they_are_typed(page):
+    for spec in built_in_specs():
+        rows = re.findall(r"^\| `vision_layers` \|.*$", section(page, spec.name), flags=re.MULTILINE)
+        default = re.split(r"(?<!\\)\|", rows[0])[3].strip(" `").replace("\\|", "|")
+        expected = spec.config_class.default_vision_layers(24)
+        assert tuple(select_projector(spec.name, {"vision_layers": default}).options["vision_layers"]) == expected
+
+
+def test_spellings_stand_beside_the_aliases(page):
+    row = next(line for line in page.splitlines() if line.startswith("| [`mlp`]"))
+    assert "`mlp{N}x_gelu`" in row and "`mlp{N}x_res{M}x_gelu`" in row
+    assert "`mlp{N}x_gelu`" in section(page, "mlp").split("| option |")[0]
+
+
 def test_page_can_be_printed(capsys, page):
     assert main(["projectors", "docs", "--output", "-"]) == 0
     assert capsys.readouterr().out == page

@@ -84,8 +84,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _check(path: Path, page: str) -> int:
-    written = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if written == page:
+    if not path.is_file():
+        print(f"{path}: no such file in {Path.cwd()}; run: {REGENERATE} --output {path}", file=sys.stderr)
+        return 1
+    if path.read_text(encoding="utf-8") == page:
         print(f"{path} is up to date")
         return 0
     print(f"{path} is not what the registry says now; run: {REGENERATE} --output {path}", file=sys.stderr)
@@ -135,7 +137,7 @@ def _overview(entries: Sequence[Entry]) -> Iterator[str]:
     for spec, _, row in entries:
         cells = (
             f"[`{spec.name}`](#{spec.name})",
-            ", ".join(f"`{alias}`" for alias in spec.aliases),
+            _other_names(spec),
             _formula(spec),
             str(row.num_tokens),
             f"{row.num_parameters:,}",
@@ -164,10 +166,16 @@ def _facts(entry: Entry) -> Iterator[str]:
     yield f"- tokens: {_formula(spec)}, {row.num_tokens} on 24 x 24"
     yield f"- parameters: {row.num_parameters:,}{width}"
     yield f"- layers read: {layer_ranges(row.vision_layers)}"
-    if spec.aliases:
-        yield "- also called: " + ", ".join(f"`{alias}`" for alias in spec.aliases)
+    if _other_names(spec):
+        yield f"- also called: {_other_names(spec)}"
     yield f"- paper: {_paper(spec)}"
     yield f"- file: [`{_file(spec)}`](../{_file(spec)})"
+
+
+def _other_names(spec: ProjectorSpec) -> str:
+    """Aliases, and the spellings that the summary shows with their numbers in braces."""
+    spellings = re.findall(r"\w*\{\w+\}[\w{}]*", spec.summary) if spec.parse_spelling else []
+    return ", ".join(f"`{name}`" for name in (*spec.aliases, *spellings))
 
 
 def _file(spec: ProjectorSpec) -> str:
