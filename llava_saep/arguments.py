@@ -447,14 +447,19 @@ def _select_projector(flags: argparse.Namespace) -> ProjectorSelection:
     if len(layers) == 1 and "vision_layers" in selection.options:
         return selection  # a preset's name says which layers
     if len(layers) == 1 and _default_num_layers_read(selection) > 1:
-        logger.warning(
-            "--mm_vision_select_layer %d is not applied: projector %s combines several layers. To choose them, give "
-            "several (--mm_vision_select_layer 12 16 22), or vision_layers in --mm_projector_options",
-            layers[0],
-            selection.name,
-        )
+        _warn_layer_not_applied(layers[0], selection.name)
         return selection
     return select_projector(spelling, {**options, "vision_layers": layers}, trust_projector_code=True)
+
+
+@functools.cache  # `llava-saep train` reads the flags twice: to check them, then to train
+def _warn_layer_not_applied(layer: int, projector_name: str) -> None:
+    logger.warning(
+        "--mm_vision_select_layer %d is not applied: projector %s combines several layers. To choose them, give "
+        "several (--mm_vision_select_layer 12 16 22), or vision_layers in --mm_projector_options",
+        layer,
+        projector_name,
+    )
 
 
 def _refuse_contradicting_layers(layers: Sequence[int], option: Sequence[int]) -> None:

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 
+from llava_saep import arguments
 from llava_saep.arguments import own_flags, parse_arguments, translate_removed_flags
 from llava_saep.data.templates import TEMPLATE_NAMES
 from llava_saep.errors import UserError
@@ -181,6 +182,11 @@ def test_transformers_resume_flag_means_ours(value, resume):
 # Layers and options of the projector
 
 
+@pytest.fixture(autouse=True)
+def nothing_has_been_warned_of():
+    arguments._warn_layer_not_applied.cache_clear()
+
+
 def projector_options(*flags):
     return dict(parse_arguments([*REQUIRED, *flags]).model.projector.options)
 
@@ -189,6 +195,14 @@ def test_single_layer_is_not_applied_to_a_projector_of_several_layers(caplog):
     with caplog.at_level(logging.WARNING, "llava_saep"):
         options = projector_options("--mm_projector_type", "saep", "--mm_vision_select_layer", "-2")
     assert "vision_layers" not in options
+    assert sum("is not applied" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_what_is_not_applied_is_said_once_however_often_the_flags_are_read(caplog):
+    flags = ["--mm_projector_type", "saep", "--mm_vision_select_layer", "-3"]
+    with caplog.at_level(logging.WARNING, "llava_saep"):
+        for _ in range(2):  # as `llava-saep train` with one process does: to check the flags, then to train
+            projector_options(*flags)
     assert sum("is not applied" in record.getMessage() for record in caplog.records) == 1
 
 
