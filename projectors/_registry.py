@@ -392,9 +392,25 @@ def _find_with_options(spelling: str) -> tuple[ProjectorSpec, Mapping[str, Any]]
 
 
 def _unknown_projector(spelling: str, problems: Mapping[str, ProjectorError]) -> ProjectorError:
+    if spelling.endswith(".py") or "/" in spelling or "\\" in spelling:
+        return _path_without_class(spelling)
     known = (*registered_projectors(), *registered_presets(), *sorted(_aliases), *registered_spellings())
     message = unknown_name_message("projector", spelling, known, "Registered")
     return ProjectorError(" ".join([message, _OUTSIDE_HINT, *_unusable_plug_ins(problems)]))
+
+
+def _path_without_class(spelling: str) -> ProjectorError:
+    if not spelling.endswith(".py"):
+        return ProjectorError(f"unknown projector: got {spelling!r}, expected 'path/to/file.py:Class'")
+    if not Path(spelling).is_file():
+        return ProjectorError(f"unknown projector: {spelling!r}: there is no such file")
+    # Read, not imported: nobody has agreed to run it.
+    source = Path(spelling).read_text(encoding="utf-8", errors="replace")
+    classes = re.findall(r"^class (\w+)\(.*\bProjector\b", source, re.MULTILINE)
+    holds = f". It holds: {', '.join(classes)}" if classes else ""
+    return ProjectorError(
+        f"unknown projector: {spelling!r} is a file; name the class too, as '{spelling}:Class'{holds}"
+    )
 
 
 def _unusable_plug_ins(problems: Mapping[str, ProjectorError]) -> list[str]:
@@ -485,11 +501,10 @@ def _require_plug_in(name: str, package: str) -> None:
     if name in _specs:
         return
     source = f"the package {package}" if package else "an installed package"
-    requirement = package.replace(" ", "==") if package else "PACKAGE"
     message = (
         f"stored projector {name!r} came from {source} (an entry point of the group {ENTRY_POINT_GROUP}), and no "
-        f"package that is installed here offers it. Install the package into this environment: pip install "
-        f"{requirement}, or pip install and the folder that holds it."
+        f"package that is installed here offers it. Install that package into this environment, from where you got "
+        "it and the way it was installed before."
     )
     raise ProjectorError(" ".join([message, *_unusable_plug_ins(problems)]))
 

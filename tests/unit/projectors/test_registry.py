@@ -141,6 +141,17 @@ def test_unknown_name_suggests_aliases_and_spellings(misspelled, meant):
     assert "mlp2x_gelu" in str(error.value).partition("Registered:")[2]
 
 
+def test_a_file_without_its_class_is_told_which_classes_to_add(own_file, tmp_path):
+    with pytest.raises(ProjectorError, match=r"name the class too, as '.*/blur\.py:Class'") as error:
+        select_projector(str(own_file), trust_projector_code=True)
+    assert "It holds: Blur, Undecorated" in str(error.value) and "Registered" not in str(error.value)
+    assert "blur" not in registered_projectors()  # only the naming of a class is consent to run the file
+    with pytest.raises(ProjectorError, match=r"'.*/absent\.py': there is no such file"):
+        select_projector(f"{tmp_path}/absent.py")
+    with pytest.raises(ProjectorError, match="expected 'path/to/file.py:Class'"):
+        select_projector(str(tmp_path))
+
+
 def test_example_spellings_are_listed_and_must_be_understood(scratch_registry):
     def register(*examples):
         return register_projector(
@@ -441,8 +452,10 @@ def test_a_checkpoint_of_an_absent_plug_in_says_what_to_install(scratch_registry
     stored = {"name": "lab", "provider": "entry-point", "options": {}} | ({"package": package} if package else {})
     with pytest.raises(ProjectorError) as error:
         ProjectorSelection.from_dict(stored)
-    words = ("'lab'", "llava_saep.projectors", "pip install the-lab==0.1.0" if package else "pip install PACKAGE")
+    words = ("'lab'", "llava_saep.projectors", "the way it was installed before", package or "an installed package")
     assert all(word in str(error.value) for word in words), str(error.value)
+    # Whoever owns that name on an index need not be who made the package.
+    assert "pip install" not in str(error.value)
 
 
 def test_a_checkpoint_of_a_broken_plug_in_names_it(install):
