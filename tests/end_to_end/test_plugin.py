@@ -155,6 +155,8 @@ def train(environment, bases, captions, output_dir, projector, **environment_var
         tune_mm_mlp_adapter=True,
         per_device_train_batch_size=2,
         max_steps=2,
+        # DeepSpeed broadcasts, flattens and partitions the parameters, which not every shape survives.
+        deepspeed=REPOSITORY / "deepspeed_configs" / "zero2.json",
     )
     done = environment.run("-m", "llava_saep.cli", "train", "--num_processes", "1", *flags, **environment_variables)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -178,7 +180,7 @@ def test_checkpoint_loads_where_the_package_is_installed_and_else_says_what_to_i
     refused = environment.run("-m", "llava_saep.cli", "chat", "--model_path", tmp_path / "out")
     assert refused.returncode == 2
     assert "Traceback" not in refused.stderr
-    for word in ("'edge_pool'", "my-projector 0.1.0", "pip install my-projector==0.1.0", "llava_saep.projectors"):
+    for word in ("'edge_pool'", "my-projector 0.1.0", "the way it was installed before", "llava_saep.projectors"):
         assert word in refused.stderr, refused.stderr
 
 

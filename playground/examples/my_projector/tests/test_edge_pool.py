@@ -75,6 +75,21 @@ def test_on_a_flat_image_all_patches_count_alike():
     torch.testing.assert_close(edges([flat, deep], GRID), average([flat, deep], GRID), rtol=0, atol=1e-6)
 
 
+def test_no_parameter_is_a_scalar_since_deepspeed_cannot_broadcast_one():
+    assert all(parameter.dim() > 0 for parameter in build().parameters())
+
+
+@pytest.mark.parametrize("key", ["edge_gain", "sharpness"])
+def test_sharpness_stored_as_a_scalar_loads(key):
+    source, target = build(), build()
+    with torch.no_grad():
+        source.sharpness.fill_(1.5)
+    stored = {"edge_gain" if name == "sharpness" else name: tensor for name, tensor in source.state_dict().items()}
+    stored[key] = stored.pop("edge_gain").reshape(())
+    load_projector_state_dict(target, stored)
+    assert target.sharpness.tolist() == [1.5]
+
+
 def test_weights_of_the_earlier_program_load():
     source, target = build(), build()
     original = {

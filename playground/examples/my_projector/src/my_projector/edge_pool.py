@@ -110,7 +110,8 @@ class EdgePool(Projector):
     def __init__(self, config: EdgePoolConfig) -> None:
         super().__init__(config)
         # Made only where it is used: a parameter without a gradient would stall distributed training.
-        self.sharpness = nn.Parameter(torch.empty(())) if config.pooling == "edges" else None
+        # Of shape (1,): DeepSpeed cannot broadcast a parameter without dimensions.
+        self.sharpness = nn.Parameter(torch.empty(1)) if config.pooling == "edges" else None
         channels = config.fused_hidden_size + (2 if config.coordinates else 0)
         self.readout = build_mlp(channels, config.text_hidden_size, config.depth)
         self.reset_parameters()
@@ -139,13 +140,19 @@ class EdgePool(Projector):
         return split_windows(pad_to_windows(tokens, grid, factor), self.config.padded_grid(grid), factor)
 
     def convert_original_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Keys of an earlier program, fc1, fc2, ... and edge_gain -> readout.0, readout.2, ... and sharpness."""
+        """Keys of an earlier program, fc1, fc2, ... and edge_gain -> readout.0, readout.2, ... and sharpness.
+
+        Sharpness may be stored as a scalar, which it once was here too.
+        """
 
         def renamed(key: str) -> str:
             key = re.sub(r"^fc(\d+)\.", lambda match: f"readout.{2 * (int(match[1]) - 1)}.", key)
             return "sharpness" if key == "edge_gain" else key
 
-        return {renamed(key): tensor for key, tensor in state_dict.items()}
+        converted = {renamed(key): tensor for key, tensor in state_dict.items()}
+        if "sharpness" in converted:
+            converted["sharpness"] = converted["sharpness"].reshape(1)
+        return converted
 
     def to_original_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         def renamed(key: str) -> str:
