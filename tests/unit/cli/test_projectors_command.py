@@ -348,7 +348,7 @@ def test_report_begins_with_failures_and_their_reasons(tmp_path, capsys, monkeyp
         EXAMPLE.read_text().replace("return grid.num_patches", "return grid.num_patches + 1")
     )
     lines = output_of(capsys, "check", f"{tmp_path / 'wrong.py'}:BlurProjector", code=1).splitlines()
-    assert lines[0].startswith("blur: ") and " failed, 1 skipped, " in lines[0]
+    assert lines[0].startswith("blur: ") and " failed, 2 skipped, " in lines[0]
     statuses = [line.split()[0] for line in lines[1:] if line.startswith("  ") and line[2] != " "]
     assert statuses == sorted(statuses, key=("failed", "skipped", "passed").index)
     position = next(index for index, line in enumerate(lines) if "output_has_the_promised_shape" in line)
