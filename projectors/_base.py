@@ -7,7 +7,7 @@ argument, so multi-layer projectors and rectangular images need no special case.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
@@ -210,6 +210,16 @@ class Projector(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} does not define forward")
 
+    def apply(self, fn: Callable[[nn.Module], None]) -> Projector:
+        """Call `fn` on every submodule and on this module, children first, as `nn.Module.apply` does.
+
+        Not that method itself, because inside DeepSpeed's `zero.Init` it partitions each module again when it is done,
+        and what `reset_parameters` has still to draw would be out of reach.
+        """
+        for module in _children_first(self):
+            fn(module)
+        return self
+
     def reset_parameters(self) -> None:
         """Draw every parameter anew, with the functions of `projectors.layers.initialization`.
 
@@ -249,3 +259,9 @@ class Projector(nn.Module):
                     f"{name}: features of layer {layer} hold {tokens.shape[1]} tokens, expected {num_tokens} "
                     f"for a {grid.height}x{grid.width} grid{cls_note}"
                 )
+
+
+def _children_first(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        yield from _children_first(child)
+    yield module
