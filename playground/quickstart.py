@@ -5,8 +5,10 @@ data, the vision tower and the language model are small (playground/spatial_scen
 """
 
 import argparse
+import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -81,6 +83,8 @@ class Job:
     settings: Settings
     projector: str
     projector_options: str
+    small_sizes: str
+    is_smoke: bool
     world: str
     seed: int
     data_dir: Path
@@ -142,7 +146,9 @@ def _parser() -> argparse.ArgumentParser:
         help="objects in cells with jitter, or at free positions (harder; default: cells)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of data, initialisation and order (default: 0)")
-    parser.add_argument("--output_dir", type=Path, help="default: runs/quickstart/<world>-<projector>-seed<seed>")
+    parser.add_argument(
+        "--output_dir", type=Path, help="default: runs/quickstart/<world>-<projector and options>-seed<seed>"
+    )
     parser.add_argument("--data_dir", type=Path, help="default: runs/data/<world>-seed<seed>; made when absent")
     parser.add_argument("--vision_tower", default=str(BACKBONES / "vision_tower"), help="another vision tower")
     parser.add_argument(
@@ -177,13 +183,17 @@ def plan_job(arguments: argparse.Namespace) -> Job:
         if value is not None and name != "num_processes":
             settings = replace(settings, **{name: value})
     num_gpus = torch.cuda.device_count()
-    label = f"{arguments.world}-{_file_name(arguments.mm_projector_type)}-seed{arguments.seed}"
+    options, small_sizes = merged_options(arguments.mm_projector_type, arguments.mm_projector_options)
+    projector_label = _file_name(arguments.mm_projector_type) + options_mark(arguments.mm_projector_options)
+    label = f"{arguments.world}-{projector_label}-seed{arguments.seed}"
     data_label = f"{arguments.world}-seed{arguments.seed}"
     runs = ROOT / "runs" / ("smoke" if arguments.smoke else "")
     job = Job(
         settings=settings,
         projector=arguments.mm_projector_type,
-        projector_options=arguments.mm_projector_options or small_options(arguments.mm_projector_type),
+        projector_options=options,
+        small_sizes=small_sizes,
+        is_smoke=arguments.smoke,
         world=arguments.world,
         seed=arguments.seed,
         data_dir=(arguments.data_dir or runs / "data" / data_label).absolute(),
@@ -211,6 +221,33 @@ def small_options(projector: str) -> str:
     preset = registered_presets().get(projector)
     meant_by_the_name = selection.options if preset is None else preset.options
     return ",".join(f"{name}={value}" for name, value in small.items() if name not in meant_by_the_name)
+
+
+def merged_options(projector: str, given_text: str) -> tuple[str, str]:
+    """The given options over the small ones, and what is left of the small ones, both as one would type them.
+
+    Raises:
+        ProjectorError: there is no such projector, or the text is not options.
+    """
+    from projectors import parse_projector_options
+
+    given = parse_projector_options(given_text)
+    small = {k: v for k, v in parse_projector_options(small_options(projector)).items() if k not in given}
+    small_text = ",".join(f"{name}={value}" for name, value in small.items())
+    if given_text.strip().startswith("{"):
+        return json.dumps({**small, **given}), small_text
+    return ",".join(filter(None, (small_text, given_text.strip()))), small_text
+
+
+def options_mark(given_text: str) -> str:
+    """`factor=3` -> `-factor-3`, in any order and spelling; shortened ones end in a hash, and no options in nothing."""
+    from projectors import parse_projector_options
+
+    options = sorted((name, str(value)) for name, value in parse_projector_options(given_text).items())
+    mark = "".join(f"-{name}-{_file_name(value)}" for name, value in options)
+    if len(mark) <= 48 and all(re.fullmatch(r"\w+", value) for _, value in options):
+        return mark
+    return f"{mark[:40]}-{hashlib.sha256(repr(options).encode()).hexdigest()[:8]}"
 
 
 def default_num_processes(num_gpus: int, global_batch_size: int) -> int:
@@ -405,9 +442,10 @@ def describe_job(job: Job) -> str:
     """What will happen, in one sentence."""
     device = f"GPU, NCCL, {'bf16' if _gpu_knows_bf16() else 'fp16'}" if job.on_gpu else "CPU, gloo, fp32"
     processes = f"{job.num_processes} process{'es' if job.num_processes > 1 else ''}"
+    small = f"\nsmall sizes for this small tower: {job.small_sizes}" if job.small_sizes else ""
     return (
         f"Training a small LLaVA with projector {job.projector!r} on the world {job.world!r}, seed {job.seed}: "
-        f"{processes} under DeepSpeed ({device}, {job.deepspeed_config.name})."
+        f"{processes} under DeepSpeed ({device}, {job.deepspeed_config.name}).{small}"
     )
 
 
@@ -435,10 +473,20 @@ def show_results(job: Job, evaluation, seconds: Mapping[str, float], total_secon
     from llava_saep.commands.evaluate import print_evaluation
 
     print_evaluation(evaluation)
+    print(accuracy_note(job), end="")
     times = ", ".join(f"{name} {format_seconds(value)}" for name, value in seconds.items())
     print(f"\ntime: {format_seconds(total_seconds)} in all, without installation ({times})")
     rounded = {name: round(value, 1) for name, value in {**seconds, "total": total_seconds}.items()}
     write_json(job.output_dir / SETTINGS_FILE, {**job_facts(job), "seconds": rounded})
+
+
+def accuracy_note(job: Job) -> str:
+    """What to think of the table; nothing after a whole run."""
+    return (
+        "\n--smoke: after so few steps the accuracy means nothing; it only shows that all ran.\n"
+        if job.is_smoke
+        else ""
+    )
 
 
 def show_next_steps(job: Job) -> None:

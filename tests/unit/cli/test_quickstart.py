@@ -57,11 +57,36 @@ def test_offered_projectors_are_small_between_small_models(plan, projector):
     assert row.num_parameters < 500_000
 
 
-def test_given_options_replace_the_small_ones(plan):
-    assert (
-        plan("--mm_projector_type", "deco", "--mm_projector_options", "num_queries=4").projector_options
-        == "num_queries=4"
-    )
+def test_given_options_are_merged_over_the_small_ones_and_said(plan):
+    def options(given):
+        job = plan("--mm_projector_type", "token_packer", "--mm_projector_options", given)
+        return parse_projector_options(job.projector_options), quickstart.describe_job(job)
+
+    merged, told = options("factor=3")
+    assert merged == {"hidden_size": "96", "num_heads": "4", "factor": "3"}
+    assert "small sizes for this small tower: hidden_size=96,num_heads=4" in told
+    assert options("hidden_size=48")[0] == {"hidden_size": "48", "num_heads": "4"}
+    assert options('{"hidden_size": 48, "num_heads": 2}')[0] == {"hidden_size": 48, "num_heads": 2}
+    assert "small sizes" not in options("hidden_size=48,num_heads=2")[1]
+
+
+def test_runs_with_other_options_have_other_folders(bases):
+    def folder(*flags):
+        return quickstart.plan_job(quickstart._parser().parse_args([*bases, *flags])).output_dir.name
+
+    token_packer = ("--mm_projector_type", "token_packer", "--mm_projector_options")
+    assert folder("--mm_projector_type", "token_packer") == "cells-token_packer-seed0"
+    assert folder(*token_packer, "factor=3") == "cells-token_packer-factor-3-seed0"
+    assert folder(*token_packer, '{"factor": 3}') == "cells-token_packer-factor-3-seed0"
+    nested = ("--mm_projector_type", "dense_connector", "--mm_projector_options")
+    long = "vision_layers=1|2|3,projector=mlp,projector_options=[depth={}],kind=dci"
+    first, second = (folder(*nested, long.format(factor)) for factor in (2, 3))
+    assert first != second and max(len(first), len(second)) < 100
+
+
+def test_only_a_smoke_run_says_that_its_accuracy_means_nothing(plan):
+    assert "means nothing" in quickstart.accuracy_note(plan("--smoke", "--stage1_steps", "2"))
+    assert quickstart.accuracy_note(plan()) == ""
 
 
 @pytest.mark.parametrize(("num_gpus", "expected"), [(0, 2), (1, 1), (2, 2), (3, 2), (6, 4), (8, 8)])
