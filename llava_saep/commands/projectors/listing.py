@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
         UserError: at the end, one that was named cannot be used.
     """
     arguments = _parser().parse_args(argv)
-    if arguments.mm_projector_options and not arguments.names:
+    if arguments.mm_projector_options and len(arguments.names) != 1:
         raise UserError("--mm_projector_options belong to one projector: name it, as in `llava-saep projectors saep`")
     sizes = sizes_of(arguments)
     options = parse_projector_options(arguments.mm_projector_options)

@@ -163,6 +163,7 @@ def test_listing_needs_neither_transformers_nor_matplotlib():
         (["sape"], "Did you mean 'saep'"),
         (["--vision_tower", "absent/folder"], "--vision_tower 'absent/folder' is no folder here"),
         (["--mm_projector_options", "stride=3"], "name it, as in"),
+        (["saep", "linear", "--mm_projector_options", "keep_cls_token=false"], "name it, as in"),
         (["saep", "--mm_projector_options", "strid=3"], "stride"),
         (["show", "sape"], "Did you mean 'saep'"),
         (["check", "sape"], "Did you mean 'saep'"),
