@@ -702,6 +702,13 @@ def _partition(parameter: torch.nn.Parameter) -> None:
 
 
 @_check
+def _check_no_parameter_is_a_scalar(subject: _Subject) -> None:
+    """DeepSpeed broadcasts what it trains at the start, and cannot where a parameter has no dimension."""
+    scalars = [name for name, parameter in subject.build().named_parameters() if parameter.dim() == 0]
+    _require(not scalars, f"parameters without a dimension: {', '.join(scalars)}; give them the shape (1,)")
+
+
+@_check
 def _check_it_builds_on_the_meta_device(subject: _Subject) -> None:
     with torch.device("meta"):
         projector = subject.selection.build(subject.config)

@@ -144,6 +144,20 @@ class CreatesAParameterInForward(Toy):
         return super().forward(features, grid) * self.scale
 
 
+class LearnsAScalar(Toy):
+    def __init__(self, config):
+        super().__init__(config)
+        self.gain = nn.Parameter(torch.tensor(1.0))
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        if hasattr(self, "gain"):
+            nn.init.ones_(self.gain)
+
+    def forward(self, features, grid):
+        return self.gain * super().forward(features, grid)
+
+
 class HoldsADeviceTensor(Toy):
     def __init__(self, config):
         super().__init__(config)
@@ -206,6 +220,7 @@ BROKEN = [
     (OverwritesLoadedTensors, "reset_parameters_keeps_loaded_tensors"),
     (OverwritesLoadedTensors, "from_pretrained_keeps_a_part_of_the_projector"),
     (CreatesAParameterInForward, "no_parameter_is_created_by_the_first_call"),
+    (LearnsAScalar, "no_parameter_is_a_scalar"),
     (HoldsADeviceTensor, "it_builds_on_the_meta_device"),
     (LosesItsKeys, "original_keys_survive_a_round_trip"),
     (CannotBePickled, "copies_and_pickles_are_equal"),
