@@ -189,12 +189,17 @@ class Projector(nn.Module):
     compile_limitation: ClassVar[str] = ""
     """Why `torch.compile(fullgraph=True)` cannot take this projector; empty when it can."""
 
-    zero_gradient_parameters: ClassVar[tuple[str, ...]] = ()
-    """Patterns (as of fnmatch) of parameters whose gradient is zero by construction, such as softmax's key biases."""
-
     def __init__(self, config: ProjectorConfig) -> None:
         super().__init__()
         self.config = config
+
+    @property
+    def zero_gradient_parameters(self) -> tuple[str, ...]:
+        """Patterns (as of fnmatch) of parameters whose gradient is zero by construction.
+
+        Such as the bias of attention's keys, which moves all scores alike.
+        """
+        return ()
 
     def forward(self, features: Sequence[Tensor], grid: PatchGrid) -> Tensor:
         """Project one batch of images that share a grid.

@@ -184,6 +184,14 @@ class DAbstractor(Projector):
         self.output_proj = nn.Linear(width, config.text_hidden_size) if is_widening else nn.Identity()
         self.reset_parameters()
 
+    @property
+    def zero_gradient_parameters(self) -> tuple[str, ...]:
+        # A softmax does not see what moves all scores alike, and over one entry it is 1.
+        key_bias = ("layers.*.self_attn.k_proj.bias",)
+        one_point = ("layers.*.encoder_attn.attention_weights.*",) if self.config.num_points == 1 else ()
+        attends_to_itself = ("layers.*.self_attn.q_proj.*", "layers.*.self_attn.k_proj.*")
+        return key_bias + one_point + (attends_to_itself if self.config.num_queries == 1 else ())
+
     def reset_parameters(self) -> None:
         """N(0, 0.02**2) and zero biases, truncated for positions and extra tokens; offsets as `init` says."""
         self.apply(reset_module_normal)

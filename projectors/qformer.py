@@ -231,6 +231,13 @@ class QFormer(Projector):
         self.language_projection = readout if config.readout_depth > 1 else readout[0]
         self.reset_parameters()
 
+    @property
+    def zero_gradient_parameters(self) -> tuple[str, ...]:
+        # A softmax does not see what moves all scores alike, and over one query it is 1.
+        key_biases, self_attention = ("*.key.bias",), "qformer.encoder.layer.*.attention.attention."
+        over_one = (f"{self_attention}query.*", f"{self_attention}key.*") if self.config.num_queries == 1 else ()
+        return key_biases + over_one
+
     def reset_parameters(self) -> None:
         """BERT's N(0, 0.02**2) in the Q-Former and the queries; PyTorch's default in the read-out."""
         reset_module(self.input_norm)

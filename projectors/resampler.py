@@ -212,6 +212,10 @@ class Resampler(Projector):
         self.visual_output_fc = nn.Linear(config.hidden_size, config.text_hidden_size)
         self.reset_parameters()
 
+    @property
+    def zero_gradient_parameters(self) -> tuple[str, ...]:
+        return ("*.key.bias",)  # it moves all scores alike, which a softmax does not see
+
     def reset_parameters(self) -> None:
         """Linear layers as in a run of Honeybee: N(0, 0.02**2) and zero biases; queries as `query_init` says.
 

@@ -136,6 +136,12 @@ class TokenPacker(Projector):
         self.mlp = build_mlp(hidden_size, config.text_hidden_size, depth=2)
         self.reset_parameters()
 
+    @property
+    def zero_gradient_parameters(self) -> tuple[str, ...]:
+        # A softmax does not see what moves all scores alike, and over the one patch of a window it is 1.
+        key_bias = ("ln_k_1.bias",)
+        return ("q_proj_1.*", "ln_q_1.*", "k_proj_1.*", "ln_k_1.*") if self.config.factor == 1 else key_bias
+
     def reset_parameters(self) -> None:
         """The original's: Linear layers truncated normal, std 0.02, with zero biases; attention as in PyTorch."""
         self.apply(reset_module_trunc_normal)
