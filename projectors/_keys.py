@@ -26,3 +26,12 @@ def exchange_prefixes(state_dict: Mapping[str, Tensor], prefixes: Mapping[str, s
         old = next((prefix for prefix in prefixes if key.startswith(prefix)), "")
         exchanged[prefixes.get(old, "") + key.removeprefix(old)] = tensor
     return exchanged
+
+
+def without_class_position(state_dict: Mapping[str, Tensor], key: str, expected: Tensor | None) -> dict[str, Tensor]:
+    """Drop the class token's position in front, where (1, N + 1, C) stand under `key` and (1, N, C) are expected."""
+    converted = dict(state_dict)
+    positions = converted.get(key)
+    if positions is not None and expected is not None and positions.shape[1] == expected.shape[1] + 1:
+        converted[key] = positions[:, 1:]
+    return converted

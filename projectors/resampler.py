@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from ._base import PatchGrid, Projector, ProjectorConfig, refuse_small_grid
 from ._errors import ProjectorError
+from ._keys import without_class_position
 from ._options import option
 from ._registry import register_projector
 from .layers import (
@@ -243,8 +244,4 @@ class Resampler(Projector):
 
     def convert_original_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Old Honeybee checkpoints hold one more position, for the class token, in front: it is dropped."""
-        converted = dict(state_dict)
-        positions = converted.get("pos_emb")
-        if positions is not None and self.pos_emb is not None and positions.shape[1] == self.pos_emb.shape[1] + 1:
-            converted["pos_emb"] = positions[:, 1:]
-        return converted
+        return without_class_position(state_dict, "pos_emb", self.pos_emb)
