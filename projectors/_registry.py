@@ -222,14 +222,6 @@ def register_projector(
         if not (isinstance(config, type) and issubclass(config, ProjectorConfig)):
             raise ProjectorError(f"projector {name!r}: config is {config!r}, expected a subclass of ProjectorConfig")
         provider, package = _origin_of(module_class)
-        checked_presets = {
-            preset_name: replace(
-                preset,
-                options=convert_options(preset_name, config, preset.options),
-                defaults=convert_options(preset_name, config, preset.defaults),
-            )
-            for preset_name, preset in (presets or {}).items()
-        }
         spec = ProjectorSpec(
             name,
             config,
@@ -240,7 +232,7 @@ def register_projector(
             provider,
             parse_spelling,
             token_formula,
-            checked_presets,
+            _checked_presets(config, presets or {}),
             package,
             tuple(example_spellings),
         )
@@ -249,6 +241,20 @@ def register_projector(
         return module_class
 
     return register
+
+
+def _checked_presets(
+    config_class: type[ProjectorConfig], presets: Mapping[str, ProjectorPreset]
+) -> dict[str, ProjectorPreset]:
+    """The presets with their options converted to the types that the config declares."""
+    return {
+        name: replace(
+            preset,
+            options=convert_options(name, config_class, preset.options),
+            defaults=convert_options(name, config_class, preset.defaults),
+        )
+        for name, preset in presets.items()
+    }
 
 
 def _check_examples(spec: ProjectorSpec) -> None:
