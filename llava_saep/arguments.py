@@ -214,6 +214,8 @@ _DROPPED_FLAGS = {
 }
 """Flags without a successor, with the reason."""
 
+_REMOVED_FLAGS = frozenset({*_RENAMED_FLAGS, *_REPLACED_SWITCHES, *_DROPPED_FLAGS})
+
 
 def _switch_value(flag: str, value: str | None) -> bool:
     """Read a True/False word; a bare switch is True."""
@@ -244,6 +246,19 @@ def _translate_flag(name: str, value: str | None) -> tuple[list[str], str] | Non
     return tokens, f"{shown} -> {' '.join(tokens)}"
 
 
+def _removed_flag(token: str) -> str | None:
+    """Return the old flag that an argument names, in full or by a beginning that no flag of today has."""
+    if not token.startswith("--"):
+        return None
+    name = token.removeprefix("--").partition("=")[0].replace("-", "_")
+    if name in _REMOVED_FLAGS:
+        return name
+    candidates = [flag for flag in _REMOVED_FLAGS if name and flag.startswith(name)]
+    if len(candidates) != 1 or any(flag.startswith(f"--{name}") for flag in _flag_names()):
+        return None
+    return candidates[0]
+
+
 def translate_removed_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Rewrite flags that transformers removed.
 
@@ -257,11 +272,11 @@ def translate_removed_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     while position < len(argv):
         token = argv[position]
         position += 1
-        name, has_value, value = token.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
-        if not token.startswith("--") or name not in {*_RENAMED_FLAGS, *_REPLACED_SWITCHES, *_DROPPED_FLAGS}:
+        name = _removed_flag(token)
+        if name is None:
             tokens.append(token)
             continue
+        _, has_value, value = token.partition("=")
         if not has_value:
             value = None
             if position < len(argv) and not argv[position].startswith("--"):
@@ -283,6 +298,10 @@ class _Parser(HfArgumentParser):
 
     def error(self, message: str) -> None:
         raise UserError(f"{message}. `--help` lists the flags.")
+
+    def _get_option_tuples(self, option_string: str) -> list[tuple]:
+        # What abbreviates both spellings of one flag (--lora_e: --lora_enable and --lora-enable) is not ambiguous.
+        return list({id(match[0]): match for match in super()._get_option_tuples(option_string)}.values())
 
 
 @functools.cache

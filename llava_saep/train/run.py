@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import logging
 import shutil
@@ -127,9 +128,14 @@ def find_deepspeed_config(path: str) -> Path:
         ours = Path(__file__).resolve().parents[2] / "deepspeed_configs" / found.name
         if not ours.is_file():
             raise UserError(f"--deepspeed {path}: no such file; deepspeed_configs/ holds zero1.json, zero2.json, ...")
-        logger.warning("--deepspeed %s: no such file, using %s", path, ours)
+        _warn_of_deepspeed_config_used(path, ours)
         found = ours
     return found
+
+
+@functools.cache  # the file is looked for when the flags are checked, and when it is read
+def _warn_of_deepspeed_config_used(given: str, found: Path) -> None:
+    logger.warning("--deepspeed %s: no such file, using %s", given, found)
 
 
 def read_deepspeed_config(value: str | Mapping[str, Any]) -> dict[str, Any]:
