@@ -83,7 +83,13 @@ class ModelArguments:
     tune_mm_mlp_adapter: bool = field(default=False, metadata={"help": "stage 1: train the projector alone"})
     freeze_backbone: bool = field(default=False, metadata={"help": "keep the language model as it is"})
     unfreeze_mm_vision_tower: bool = field(default=False, metadata={"help": "train the vision tower too"})
-    mm_use_im_start_end: bool = field(default=False, metadata={"help": "only False is supported"})
+    mm_use_im_start_end: bool | None = field(
+        default=None,
+        metadata={
+            "help": "write <im_start> and <im_end> around images; with --tune_mm_mlp_adapter the token embedding "
+            "learns too; None: as a saved model does, else False"
+        },
+    )
     mm_use_im_patch_token: bool = field(default=True, metadata={"help": "accepted for LLaVA's scripts; no effect"})
     mm_patch_merge_type: str | None = field(
         default=None,
@@ -357,8 +363,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
 def _refuse_unsupported(flags: argparse.Namespace) -> None:
     """Stop at values that LLaVA or transformers accept and this project does not implement."""
     _refuse_unknown_cutting(flags)
-    if flags.mm_use_im_start_end:
-        raise UserError("--mm_use_im_start_end True is not supported: images stand without start and end tokens")
     if flags.bits != 16:
         installed = importlib.util.find_spec("bitsandbytes") is not None
         reason = "training on quantised weights is not implemented" if installed else "bitsandbytes is not installed"
@@ -500,6 +504,7 @@ def _model_config(flags: argparse.Namespace) -> ModelConfig:
         projector_weights=flags.pretrain_mm_mlp_adapter,
         mm_patch_merge_type=flags.mm_patch_merge_type,
         image_grid_pinpoints=parse_grid_pinpoints(flags.image_grid_pinpoints),
+        use_im_start_end=flags.mm_use_im_start_end,
         attn_implementation=flags.attn_implementation,
         trust_projector_code=flags.trust_projector_code,
     )
@@ -549,7 +554,7 @@ def _trainable_parts(flags: argparse.Namespace) -> frozenset[TrainablePart]:
                 raise UserError(
                     f"--tune_mm_mlp_adapter True trains the projector alone and contradicts --{other} True; drop one"
                 )
-        return frozenset({"projector"})
+        return frozenset({"projector", "token_embedding"} if flags.mm_use_im_start_end else {"projector"})
     if flags.lora_enable:
         parts = {"projector", "lora"}
     elif flags.freeze_backbone:

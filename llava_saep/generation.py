@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from llava_saep.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
-from llava_saep.data.conversation import Turn
+from llava_saep.constants import DEFAULT_IMAGE_TOKEN
+from llava_saep.data.conversation import Turn, between_start_and_end
 from llava_saep.data.images import processed_image_size
 from llava_saep.data.templates import AnyTemplate, conversation_template
 from llava_saep.data.tokenization import encode_prompt
@@ -189,7 +189,7 @@ class Predictor:
             raise UserError("a conversation must end with a user's message, so that there is something to answer")
         marker = self.template.image_marker
         if self.model.config.mm_use_im_start_end:
-            marker = DEFAULT_IM_START_TOKEN + marker + DEFAULT_IM_END_TOKEN
+            marker = between_start_and_end(marker)
         turns = [turn._replace(text=turn.text.replace(DEFAULT_IMAGE_TOKEN, marker)) for turn in turns]
         segments = self.template.render(turns, add_generation_prompt=True, system=system)
         input_ids = encode_prompt(

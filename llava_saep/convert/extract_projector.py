@@ -1,4 +1,8 @@
-"""Take the projector out of a saved model: stage 1's output, for other runs to start from."""
+"""Take the projector out of a saved model: stage 1's output, for other runs to start from.
+
+With it goes what stage 1 writes beside it: the newline token, and the token embedding of a model with <im_start> and
+<im_end> around images.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +20,17 @@ from llava_saep.errors import UserError
 from llava_saep.model.configuration_llava_saep import LlavaSaepConfig
 from llava_saep.model.formats import inspect_foreign_folder
 from llava_saep.model.hf_format import own_name
-from llava_saep.model.llava_format import NEWLINE, LlavaFolder, read_llava_projector
-from llava_saep.model.loading import PROJECTOR_PREFIX, find_projector_weights, inspect_folder, save_projector_weights
+from llava_saep.model.llava_format import EMBEDDINGS, NEWLINE, LlavaFolder, read_llava_projector
+from llava_saep.model.loading import (
+    PROJECTOR_PREFIX,
+    find_projector_weights,
+    goes_with_projector,
+    inspect_folder,
+    save_projector_weights,
+)
 from llava_saep.model.projector_selection import selection_from_config, trusting_projector_code
 from llava_saep.model.reading import find_full_weights, read_full_weights, read_weights_file
+from llava_saep.model.vocabulary import EMBEDDING_NAME
 from projectors import load_projector_state_dict
 
 
@@ -43,7 +54,7 @@ def extract_projector(source: Source, output: str | Path) -> None:
 
 
 def read_projector(source: Source) -> tuple[LlavaSaepConfig, dict[str, Tensor]]:
-    """Return a model's config and its projector's weights (and newline token), under our names."""
+    """Return a model's config and its projector's weights, with what goes beside them, under our names."""
     if check_format(source) == "own":
         config = inspect_folder(source.folder).config
         stored = _own_weights(source.folder)
@@ -53,7 +64,9 @@ def read_projector(source: Source) -> tuple[LlavaSaepConfig, dict[str, Tensor]]:
         if isinstance(folder, LlavaFolder):
             return config, read_llava_projector(folder)
         stored = {own_name(_current_name(name)): t for name, t in read_full_weights(source.folder).items()}
-    weights = {name: tensor for name, tensor in stored.items() if name.startswith(PROJECTOR_PREFIX) or name == NEWLINE}
+    weights = {name: tensor for name, tensor in stored.items() if goes_with_projector(name)}
+    if not config.mm_use_im_start_end:
+        weights.pop(EMBEDDING_NAME, None)
     return config, _checked(source.folder, config, weights)
 
 
@@ -71,19 +84,24 @@ def _checked(folder: Path, config: LlavaSaepConfig, weights: dict[str, Tensor]) 
     """Weights that are exactly those of the config's projector."""
     with torch.device("meta"):
         projector = selection_from_config(config.projector).build(config.projector_config)
-    stored = {name.removeprefix(PROJECTOR_PREFIX): t for name, t in weights.items() if name != NEWLINE}
     try:
-        load_projector_state_dict(projector, stored)
+        load_projector_state_dict(projector, _projectors_own(weights))
     except ValueError as error:
         raise UserError(f"{folder} does not hold the projector that its config.json describes: {error}") from error
     return weights
 
 
+def _projectors_own(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The projector's weights alone, under its own names."""
+    own = ((name, tensor) for name, tensor in weights.items() if name.startswith(PROJECTOR_PREFIX))
+    return {name.removeprefix(PROJECTOR_PREFIX): tensor for name, tensor in own}
+
+
 def _write_file(path: Path, config: LlavaSaepConfig, weights: dict[str, Tensor], *, as_safetensors: bool) -> None:
-    own = {name.removeprefix(PROJECTOR_PREFIX): tensor for name, tensor in weights.items() if name != NEWLINE}
-    stored = {f"model.mm_projector.{name}": t.contiguous() for name, t in original_keys(config, own).items()}
-    if NEWLINE in weights:
-        stored[NEWLINE] = weights[NEWLINE]
+    own = original_keys(config, _projectors_own(weights))
+    stored = {f"model.mm_projector.{name}": tensor.contiguous() for name, tensor in own.items()}
+    beside = {NEWLINE: NEWLINE, EMBEDDING_NAME: EMBEDDINGS[0]}
+    stored |= {theirs: weights[ours].contiguous() for ours, theirs in beside.items() if ours in weights}
     if as_safetensors:
         save_file(stored, path, metadata={"format": "pt", "projector": json.dumps(config.projector)})
     else:

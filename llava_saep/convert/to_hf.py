@@ -23,7 +23,7 @@ from llava_saep.convert.tokenizer_files import copy_sentencepiece
 from llava_saep.errors import UserError
 from llava_saep.model.combined_towers import CombinedVisionConfig
 from llava_saep.model.configuration_llava_saep import LlavaSaepConfig
-from llava_saep.model.hf_format import MODEL_CLASSES, PLACEHOLDER_ROWS, PROJECTOR_LAYERS, exchange_sides
+from llava_saep.model.hf_format import MODEL_CLASSES, PLACEHOLDER_ROWS, PROJECTOR_LAYERS, START_END, exchange_sides
 from llava_saep.model.vision_tower import num_prefix_tokens
 from projectors.mlp import MLPConfig
 
@@ -67,6 +67,8 @@ def write_hf(checkpoint: Checkpoint, folder: Path) -> None:
     refuse_unrepresentable(checkpoint.model.config)
     config, weights = hf_config(checkpoint.model.config), hf_weights(checkpoint)
     added = _make_room_for_placeholder(config, weights)
+    if checkpoint.model.config.mm_use_im_start_end:
+        setattr(config, START_END, True)
     model = MODEL_CLASSES[config.model_type].from_pretrained(
         None, config=config, state_dict=weights, dtype=checkpoint.model.dtype
     )

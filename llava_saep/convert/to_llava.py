@@ -12,8 +12,9 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from llava_saep.constants import DEFAULT_IMAGE_PATCH_TOKEN
 from llava_saep.convert.checkpoint import Checkpoint, untied_state_dict
-from llava_saep.convert.tokenizer_files import save_without_placeholder
+from llava_saep.convert.tokenizer_files import save_without_placeholder, stand_in_for_placeholder
 from llava_saep.errors import UserError
 from llava_saep.model.combined_towers import CombinedVisionConfig, split_tower_names
 from llava_saep.model.configuration_llava_saep import LlavaSaepConfig
@@ -169,6 +170,7 @@ def llava_fields(
 ) -> dict[str, Any]:
     """The flat config.json."""
     tokenizer = checkpoint.processor.tokenizer
+    has_patch_token = DEFAULT_IMAGE_PATCH_TOKEN in (*tokenizer.get_vocab(), stand_in_for_placeholder(tokenizer))
     projector = config.projector_config
     layers = list(projector.vision_layers)
     fields = {
@@ -182,7 +184,7 @@ def llava_fields(
         "mm_vision_select_feature": "cls_patch" if projector.keep_cls_token else "patch",
         "mm_patch_merge_type": config.mm_patch_merge_type,
         "mm_use_im_start_end": config.mm_use_im_start_end,
-        "mm_use_im_patch_token": False,
+        "mm_use_im_patch_token": has_patch_token,
         "use_mm_proj": True,
         "tune_mm_mlp_adapter": False,
         "freeze_mm_mlp_adapter": False,

@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers.pre_tokenizers import Metaspace
 
-from llava_saep.constants import DEFAULT_IMAGE_TOKEN
+from llava_saep.constants import DEFAULT_IMAGE_PATCH_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 
 logger = logging.getLogger(__name__)
 
@@ -30,20 +30,27 @@ def copy_sentencepiece(tokenizer: Any, folder: Path) -> bool:
 
 
 def save_without_placeholder(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer as LLaVA has it: without `<image>`, which LLaVA cuts out of the text itself."""
+    """Write a tokenizer as LLaVA has it: without `<image>`, which LLaVA cuts out of the text itself.
+
+    Where tokens come after it, one that LLaVA does not use takes its id (`<im_patch>`): LLaVA gives the embedding as
+    many rows as there are tokens, so a free id would cost the last token its row.
+    """
+    stand_in = stand_in_for_placeholder(tokenizer)
     if copy_sentencepiece(tokenizer, folder):
-        _write_json(folder / "tokenizer_config.json", _sentencepiece_config(tokenizer))
+        _write_json(folder / "tokenizer_config.json", _sentencepiece_config(tokenizer, stand_in))
         _write_json(folder / "special_tokens_map.json", _special_tokens(tokenizer))
         return
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer.json"
     content = json.loads(file.read_text(encoding="utf-8"))
-    content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] != DEFAULT_IMAGE_TOKEN]
+    for token in content["added_tokens"]:
+        token["content"] = _without_placeholder(token["content"], stand_in)
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] is not None]
     _write_json(file, content)
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     extra = settings.get("extra_special_tokens")
     if isinstance(extra, list):
-        settings["extra_special_tokens"] = [token for token in extra if token != DEFAULT_IMAGE_TOKEN]
+        settings["extra_special_tokens"] = [name for t in extra if (name := _without_placeholder(t, stand_in))]
     _write_json(folder / "tokenizer_config.json", settings)
     if tokenizer.init_kwargs.get("sp_model_kwargs") is not None:
         logger.warning(
@@ -52,7 +59,19 @@ def save_without_placeholder(tokenizer: Any, folder: Path) -> None:
         )
 
 
-def _sentencepiece_config(tokenizer: Any) -> dict[str, Any]:
+def stand_in_for_placeholder(tokenizer: Any) -> str | None:
+    """The token to write in place of `<image>`; None where nothing comes after it and it can be left out."""
+    vocabulary = tokenizer.get_vocab()
+    if vocabulary.get(DEFAULT_IMAGE_TOKEN, len(vocabulary)) >= len(vocabulary) - 1:
+        return None
+    return IMAGE_PLACEHOLDER if DEFAULT_IMAGE_PATCH_TOKEN in vocabulary else DEFAULT_IMAGE_PATCH_TOKEN
+
+
+def _without_placeholder(token: str, stand_in: str | None) -> str | None:
+    return stand_in if token == DEFAULT_IMAGE_TOKEN else token
+
+
+def _sentencepiece_config(tokenizer: Any, stand_in: str | None) -> dict[str, Any]:
     """The settings of transformers 4's LlamaTokenizer that give this tokenizer's ids."""
     pre_tokenizer = tokenizer.backend_tokenizer.pre_tokenizer
     is_legacy = not isinstance(pre_tokenizer, Metaspace) or pre_tokenizer.prepend_scheme == "always"
@@ -61,9 +80,9 @@ def _sentencepiece_config(tokenizer: Any) -> dict[str, Any]:
         "add_bos_token": first == [tokenizer.bos_token_id],
         "add_eos_token": tokenizer("").input_ids[-1:] == [tokenizer.eos_token_id],
         "added_tokens_decoder": {
-            str(index): _token_fields(token)
+            str(index): {**_token_fields(token), "content": content}
             for index, token in sorted(tokenizer.added_tokens_decoder.items())
-            if token.content != DEFAULT_IMAGE_TOKEN
+            if (content := _without_placeholder(token.content, stand_in)) is not None
         },
         **_special_tokens(tokenizer),
         "clean_up_tokenization_spaces": False,

@@ -37,6 +37,13 @@ def count_image_markers(turns: list[Turn] | tuple[Turn, ...]) -> int:
     return sum(turn.text.count(DEFAULT_IMAGE_TOKEN) for turn in turns)
 
 
+def between_start_and_end(image_marker: str) -> str:
+    """Return an image marker with "<im_start>" and "<im_end>" around its "<image>" (--mm_use_im_start_end)."""
+    return image_marker.replace(
+        DEFAULT_IMAGE_TOKEN, DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
+    )
+
+
 def place_image_markers(text: str, use_im_start_end: bool = False, image_marker: str = DEFAULT_IMAGE_TOKEN) -> str:
     """Move a turn's single image marker to its front, as LLaVA does for training data.
 
@@ -55,6 +62,5 @@ def place_image_markers(text: str, use_im_start_end: bool = False, image_marker:
         rest = text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
         text = f"{DEFAULT_IMAGE_TOKEN}\n{rest}"
     if use_im_start_end:
-        wrapped = DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
-        image_marker = image_marker.replace(DEFAULT_IMAGE_TOKEN, wrapped)
+        image_marker = between_start_and_end(image_marker)
     return text.strip().replace(DEFAULT_IMAGE_TOKEN, image_marker)

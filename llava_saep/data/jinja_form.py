@@ -8,7 +8,7 @@ import json
 
 from llava_saep.constants import DEFAULT_IMAGE_TOKEN
 from llava_saep.data.chat_template import CHAT_TEMPLATE, THINKING_OFF, flattening
-from llava_saep.data.conversation import MMTAG_IMAGE_MARKER
+from llava_saep.data.conversation import MMTAG_IMAGE_MARKER, between_start_and_end
 from llava_saep.data.templates import LLAVA_FORMATS, LlavaFormat, Style
 
 _SYSTEM_APART = (
@@ -38,21 +38,26 @@ _PLAIN = (
 _BODIES: dict[Style, str] = {"single": _NAMED, "two": _NAMED, "mpt": _NAMED, "llama_2": _INST, "plain": _PLAIN}
 
 
-def jinja_form(name: str, tokenizer_template: str | None = None) -> str:
+def jinja_form(name: str, tokenizer_template: str | None = None, *, use_im_start_end: bool = False) -> str:
     """Return the Jinja form of a conversation template.
 
     Args:
         name: one of `templates.TEMPLATE_NAMES`, or `chat_template`.
         tokenizer_template: what `chat_template` stands for.
+        use_im_start_end: images stand between <im_start> and <im_end>; but `plain` drops what is beside them.
     """
     if name == CHAT_TEMPLATE:
-        prefix = THINKING_OFF + flattening(DEFAULT_IMAGE_TOKEN)
+        prefix = THINKING_OFF + flattening(_marker(DEFAULT_IMAGE_TOKEN, use_im_start_end))
         return tokenizer_template if tokenizer_template.startswith(prefix) else prefix + tokenizer_template
     (llava,) = (llava for llava in LLAVA_FORMATS if name in llava.names)
-    return _llava_form(llava)
+    return _llava_form(llava, use_im_start_end)
 
 
-def _llava_form(llava: LlavaFormat) -> str:
+def _marker(marker: str, use_im_start_end: bool) -> str:
+    return between_start_and_end(marker) if use_im_start_end else marker
+
+
+def _llava_form(llava: LlavaFormat, use_im_start_end: bool) -> str:
     """Name the parts of a format, then let the body of its style put them together."""
     has_colon = llava.style != "mpt"
     names = [f"{role}:" if has_colon else role for role in llava.roles]
@@ -70,4 +75,4 @@ def _llava_form(llava: LlavaFormat) -> str:
     }
     named = "".join(f"{{%- set {part} = {json.dumps(value)} -%}}" for part, value in parts.items())
     marker = MMTAG_IMAGE_MARKER if llava.has_image_tags else DEFAULT_IMAGE_TOKEN
-    return flattening(marker) + named + _SYSTEM_APART + _BODIES[llava.style]
+    return flattening(_marker(marker, use_im_start_end)) + named + _SYSTEM_APART + _BODIES[llava.style]

@@ -26,6 +26,7 @@ class LlavaSaepConfig(LlavaConfig):
             None where images are not cut.
         image_aspect_ratio, mm_use_im_start_end: what LLaVA's scripts read from a model's config: how images are made
             square, and whether prompts mark images with <im_start> and <im_end>. The processor has the last word.
+        added_token_ids: tokens that the language model in language_model_name_or_path has no embedding of; None: none.
         vision_tower_name_or_path, language_model_name_or_path: where the pretrained parts came from; a folder that
             holds projector weights alone is completed from them.
     """
@@ -37,6 +38,7 @@ class LlavaSaepConfig(LlavaConfig):
     image_grid_pinpoints: list[list[int]] | None = None
     image_aspect_ratio: str | None = None
     mm_use_im_start_end: bool = False
+    added_token_ids: list[int] | None = None
     vision_tower_name_or_path: str | None = None
     language_model_name_or_path: str | None = None
 

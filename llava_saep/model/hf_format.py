@@ -38,6 +38,9 @@ PROJECTOR_LAYERS = {"linear_1": "mlp.0", "linear_2": "mlp.2"}
 PLACEHOLDER_ROWS = "num_placeholder_rows"
 """A field of configs that were written here: rows of embedding and head that only make room for the placeholder."""
 
+START_END = "mm_use_im_start_end"
+"""Another, under LLaVA's name: the model was trained with <im_start> and <im_end> around images."""
+
 _EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 _PROJECTOR_PREFIX = "model.multi_modal_projector."
 
@@ -140,6 +143,7 @@ def _make_config(path: Path, hf: PreTrainedConfig, image_aspect_ratio: str) -> L
         projector=selection.completed(projector_config).to_dict(),
         image_token_index=hf.image_token_id,
         image_aspect_ratio=image_aspect_ratio,
+        mm_use_im_start_end=getattr(hf, START_END, False),
         mm_patch_merge_type="spatial_unpad" if is_next else "flat",
         image_grid_pinpoints=exchange_sides(hf.image_grid_pinpoints) if is_next else None,
         tie_word_embeddings=hf.tie_word_embeddings,

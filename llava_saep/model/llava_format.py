@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from llava_saep.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
+from llava_saep.constants import DEFAULT_IMAGE_PATCH_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava_saep.data.images import parse_grid_pinpoints
 from llava_saep.errors import UserError
 from llava_saep.model.combined_towers import split_tower_names
@@ -29,12 +29,12 @@ from llava_saep.model.reading import (
     UNREADABLE_CONFIG,
     find_full_weights,
     first_line,
-    read_config,
     read_full_weights,
     read_json_object,
     read_vision_config,
     read_weights_file,
 )
+from llava_saep.model.vocabulary import START_END_TOKENS, add_rows
 from projectors import ProjectorSelection, load_projector_state_dict, select_projector
 from projectors._checkpoint import CHECKPOINT_MARKERS
 
@@ -142,7 +142,9 @@ def read_llava_weights(folder: LlavaFolder, dtype: torch.dtype) -> dict[str, Ten
 
 
 def read_llava_projector(folder: LlavaFolder) -> dict[str, Tensor]:
-    """Read the projector's weights alone, and the newline token where there is one, under our model's names.
+    """Read the projector's weights and what stage 1 writes beside them, under our model's names.
+
+    That is the newline token where there is one, and the token embedding of a model with <im_start> and <im_end>.
 
     Raises:
         UserError, ProjectorError: they are missing, misshapen or unknown.
@@ -152,7 +154,8 @@ def read_llava_projector(folder: LlavaFolder) -> dict[str, Tensor]:
     else:
         tensors = _extra_tensors(folder)
     weights = _projector_weights(folder, tensors)
-    return weights | ({NEWLINE: tensors[NEWLINE]} if NEWLINE in tensors else {})
+    beside = (NEWLINE, EMBEDDINGS[0]) if folder.config.mm_use_im_start_end else (NEWLINE,)
+    return weights | {_own_name(name) if name != NEWLINE else name: tensors[name] for name in beside if name in tensors}
 
 
 def default_template(config: LlavaSaepConfig, tokenizer: Any) -> str:
@@ -249,7 +252,9 @@ def _beside(path: Path, name: str) -> str | None:
 
 
 def _extra_tokens(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    return (DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN) if fields.get("mm_use_im_start_end") else ()
+    """What LLaVA adds to the tokenizer of a language model, in its order, which decides the ids."""
+    patch = (DEFAULT_IMAGE_PATCH_TOKEN,) if fields.get("mm_use_im_patch_token") else ()
+    return patch + (START_END_TOKENS if fields.get("mm_use_im_start_end") else ())
 
 
 # The config
@@ -367,22 +372,18 @@ def _base_tensors(folder: LlavaFolder, dtype: torch.dtype) -> dict[str, Tensor]:
     base = Path(folder.base)
     if (base / "config.json").is_file() and is_llava_config(read_json_object(base / "config.json")):
         return read_full_weights(base)
-    text_config = AutoConfig.for_model(**folder.config.text_config.to_dict())
-    text_config.vocab_size = read_config(folder.base, "--model_base").get_text_config().vocab_size
     with loading_whole():
-        weights = language_model_weights(folder.base, text_config, dtype)
+        weights = language_model_weights(folder.base, folder.config.text_config, dtype)
     return {name.replace("model.language_model.", "model.", 1): tensor for name, tensor in weights.items()}
 
 
 def _extend_vocabulary(base: dict[str, Tensor], extra: Mapping[str, Tensor], vocab_size: int) -> None:
     """Give the base's embedding and head the rows of tokens that LLaVA added: the mean of the others, as there."""
     for name in EMBEDDINGS:
-        if name not in base or name in extra or base[name].shape[0] >= vocab_size:
-            continue
-        mean = base[name].float().mean(dim=0, keepdim=True).to(base[name].dtype)
-        rows = vocab_size - base[name].shape[0]
-        logger.warning("%s: %d rows more than the base has; they start as the mean of the others", name, rows)
-        base[name] = torch.cat([base[name], mean.expand(rows, -1)])
+        if name in base and name not in extra and base[name].shape[0] < vocab_size:
+            rows = vocab_size - base[name].shape[0]
+            logger.warning("%s: %d rows more than the base has; they start as the mean of the others", name, rows)
+            add_rows(base, vocab_size, names=(name,))
 
 
 def _is_language_model(name: str) -> bool:

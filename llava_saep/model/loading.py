@@ -4,7 +4,7 @@ What a folder is, is decided from its files and config, never from its name. A m
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from llava_saep.model.reading import (
     read_vision_config,
     read_weights_file,
 )
+from llava_saep.model.vocabulary import EMBEDDING_NAME, add_rows, is_embedding, rows_of_tokens, with_room_for
 from projectors import Projector, ProjectorSelection, load_projector_state_dict
 
 logger = logging.getLogger(__name__)
@@ -63,17 +64,20 @@ def make_config(
     image_token_id: int,
     mm_patch_merge_type: str = "flat",
     image_grid_pinpoints: GridPinpoints = (),
+    mm_use_im_start_end: bool = False,
+    added_token_ids: Sequence[int] = (),
 ) -> LlavaSaepConfig:
     """Compose the model's config from its parts'; every option of the projector is written down, given or default.
 
     Args:
         mm_patch_merge_type, image_grid_pinpoints: as in `LlavaSaepConfig`; () where images are not cut.
+        mm_use_im_start_end, added_token_ids: as in `LlavaSaepConfig`; the vocabulary grows by what it lacks.
     Raises:
         UserError, ProjectorError: a part cannot be read, or the projector cannot work between them.
     """
     vision_config = read_vision_config(vision_tower)
     text_config = read_config(language_model, "--model_name_or_path")
-    text_config = text_config.get_text_config()
+    text_config = with_room_for(text_config.get_text_config(), added_token_ids)
     projector_config = projector.build_config(
         vision_hidden_size=vision_config.hidden_size,
         text_hidden_size=text_config.hidden_size,
@@ -88,6 +92,8 @@ def make_config(
         image_token_index=image_token_id,
         mm_patch_merge_type=mm_patch_merge_type,
         image_grid_pinpoints=[list(pair) for pair in image_grid_pinpoints] or None,
+        mm_use_im_start_end=mm_use_im_start_end,
+        added_token_ids=list(added_token_ids) or None,
         vision_tower_name_or_path=vision_tower,
         language_model_name_or_path=language_model,
         tie_word_embeddings=text_config.tie_word_embeddings,
@@ -111,6 +117,8 @@ def build_model(
     projector_weights: str | Path | None = None,
     mm_patch_merge_type: str | None = None,
     image_grid_pinpoints: GridPinpoints | None = None,
+    mm_use_im_start_end: bool | None = None,
+    added_token_ids: Sequence[int] = (),
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
 ) -> LlavaSaepForConditionalGeneration:
@@ -125,6 +133,9 @@ def build_model(
         projector_weights: file or folder with projector weights (stage 1's output).
         mm_patch_merge_type, image_grid_pinpoints: as in `LlavaSaepConfig`; None: the saved model's, else images are
             not cut.
+        mm_use_im_start_end: as in `LlavaSaepConfig`; None: the saved model's, else False.
+        added_token_ids: tokens of which the language model has no embedding; it grows, and takes their rows from
+            projector_weights where these are given.
         attn_implementation: "eager", "sdpa", "flash_attention_2", ... None: transformers chooses.
     Raises:
         UserError, ProjectorError: a part is missing, unreadable, or does not fit the others.
@@ -135,6 +146,9 @@ def build_model(
             base_config.mm_patch_merge_type = mm_patch_merge_type
         if image_grid_pinpoints is not None:
             base_config.image_grid_pinpoints = [list(pair) for pair in image_grid_pinpoints] or None
+        if mm_use_im_start_end is not None:
+            base_config.mm_use_im_start_end = mm_use_im_start_end
+        base_config.added_token_ids = list(added_token_ids) or None
         config, weights = _composed_parts(language_model, base_config, projector, dtype)
     else:
         config = make_config(
@@ -144,6 +158,8 @@ def build_model(
             image_token_id=image_token_id,
             mm_patch_merge_type=mm_patch_merge_type or "flat",
             image_grid_pinpoints=image_grid_pinpoints or (),
+            mm_use_im_start_end=bool(mm_use_im_start_end),
+            added_token_ids=added_token_ids,
         )
         with loading_whole():
             weights = tower_weights(vision_tower, config.vision_config, dtype)
@@ -151,6 +167,8 @@ def build_model(
     if projector_weights is not None or not any(name.startswith(PROJECTOR_PREFIX) for name in weights):
         weights |= _projector_weights(config, projector_weights, dtype)
     weights |= _newline_weights(config, projector_weights, weights.pop(NEWLINE_NAME, None), dtype)
+    if added_token_ids:
+        _add_tokens(config, weights, projector_weights)
     kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     return _load_composed(config, weights, dtype, source=language_model, **kwargs)
 
@@ -162,6 +180,7 @@ def _composed_parts(
     with loading_whole():
         model = load_model(folder, dtype=dtype)
     weights = dict(model.state_dict())
+    config.text_config = with_room_for(config.text_config, config.added_token_ids or ())
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     wanted = projector.build_config(
@@ -205,6 +224,40 @@ def _newline_weights(
     return {NEWLINE_NAME: newline.to(dtype)}
 
 
+def _add_tokens(config: LlavaSaepConfig, weights: dict[str, Tensor], path: str | Path | None) -> None:
+    """Make rows for the added tokens, changing `weights`; they start as they ended in stage 1 where `path` is given.
+
+    Raises:
+        UserError: the language model's embedding lies elsewhere, or that in `path` is missing or misshapen.
+    """
+    if EMBEDDING_NAME not in weights:
+        raise UserError(
+            f"a {config.text_config.model_type} language model has no weight {EMBEDDING_NAME}, so tokens cannot be "
+            "added; leave --mm_use_im_start_end out"
+        )
+    token_ids = config.added_token_ids
+    add_rows(weights, config.text_config.vocab_size, token_ids)
+    if path is not None:
+        file = find_projector_weights(path)
+        rows = rows_of_tokens(find_embedding(read_weights_file(file), file), token_ids, config.text_config, str(file))
+        weights[EMBEDDING_NAME][token_ids] = rows.to(weights[EMBEDDING_NAME].dtype)
+
+
+def find_embedding(weights: Mapping[str, Tensor], file: Path) -> Tensor:
+    """Return the token embedding that lies beside projector weights.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = next((tensor for name, tensor in weights.items() if is_embedding(name)), None)
+    if found is None:
+        raise UserError(
+            f"{file} holds no token embedding (embed_tokens.weight), which stage 1 writes beside the projector with "
+            "--mm_use_im_start_end True; train stage 1 with it, or leave it out here"
+        )
+    return found
+
+
 def _load_composed(
     config: LlavaSaepConfig, weights: dict[str, Tensor], dtype: torch.dtype, source: str, **kwargs
 ) -> LlavaSaepForConditionalGeneration:
@@ -244,8 +297,13 @@ def build_processor(
 
 
 def goes_with_projector(name: str) -> bool:
-    """Whether a weight of the model is the projector's, or the newline token that is saved with it."""
-    return name.startswith(PROJECTOR_PREFIX) or name == NEWLINE_NAME
+    """Whether a weight of the model is saved with the projector: its own, the newline token, the token embedding."""
+    return name.startswith(PROJECTOR_PREFIX) or name in (NEWLINE_NAME, EMBEDDING_NAME)
+
+
+def is_projectors_own(name: str) -> bool:
+    """Whether a weight in a file of projector weights is the projector's, and none that may lie beside it."""
+    return not (is_newline(name) or is_embedding(name))
 
 
 def save_projector_weights(folder: str | Path, state_dict: Mapping[str, Tensor], config: LlavaSaepConfig) -> Path:
@@ -302,7 +360,7 @@ def _refuse_whole_model(path: Path) -> None:
 
 def _read_projector_weights(projector: Projector, path: str | Path) -> None:
     file = find_projector_weights(path)
-    weights = {name: tensor for name, tensor in read_weights_file(file).items() if not is_newline(name)}
+    weights = {name: tensor for name, tensor in read_weights_file(file).items() if is_projectors_own(name)}
     try:
         load_projector_state_dict(projector, weights)
     except ValueError as error:
@@ -321,12 +379,30 @@ def _read_newline(path: str | Path) -> Tensor | None:
 
 
 def load_projector_weights(model: LlavaSaepForConditionalGeneration, path: str | Path) -> None:
-    """Load projector weights into a model (not one partitioned by ZeRO-3: give `build_model` the path instead)."""
+    """Load projector weights, and what lies beside them, into a model.
+
+    Not into one partitioned by ZeRO-3: give `build_model` the path instead, which leaves the embedding of other tokens
+    than the added ones as it is.
+    """
     _read_projector_weights(model.model.multi_modal_projector, path)
     newline = _read_newline(path)
-    if newline is not None and model.model.image_newline is not None:
-        with torch.no_grad():
+    with torch.no_grad():
+        if newline is not None and model.model.image_newline is not None:
             model.model.image_newline.copy_(newline)
+        _load_embedding(model, find_projector_weights(path))
+
+
+def _load_embedding(model: LlavaSaepForConditionalGeneration, file: Path) -> None:
+    """Load the embedding that lies beside projector weights, if any: the whole matrix, or the added tokens' rows."""
+    stored = next((tensor for name, tensor in read_weights_file(file).items() if is_embedding(name)), None)
+    if stored is None:
+        return
+    embedding = model.get_input_embeddings().weight
+    if stored.shape == embedding.shape:
+        embedding.copy_(stored)
+    else:
+        token_ids = model.config.added_token_ids or ()
+        embedding[list(token_ids)] = rows_of_tokens(stored, token_ids, model.config.text_config, str(file))
 
 
 # Loading what was saved
@@ -444,10 +520,16 @@ def _load_on_bases(saved: SavedFolder, dtype: torch.dtype, **kwargs) -> LlavaSae
         projector_weights=saved.path if saved.kind == "projector" else None,
         mm_patch_merge_type=config.mm_patch_merge_type,
         image_grid_pinpoints=config.image_grid_pinpoints,
+        mm_use_im_start_end=config.mm_use_im_start_end,
+        added_token_ids=config.added_token_ids or (),
         dtype=dtype,
         **kwargs,
     )
-    return model if saved.kind == "projector" else _apply_lora(model, saved)
+    if saved.kind == "lora":
+        return _apply_lora(model, saved)
+    with torch.no_grad():
+        _load_embedding(model, find_projector_weights(saved.path))  # the others' rows, where these were trained too
+    return model
 
 
 def _apply_lora(model: LlavaSaepForConditionalGeneration, saved: SavedFolder) -> LlavaSaepForConditionalGeneration:
@@ -465,9 +547,7 @@ def _load_non_lora_weights(model: nn.Module, folder: Path) -> None:
             unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
             if unexpected:
                 raise UserError(f"{folder / name} has weights that the model lacks, such as {unexpected[0]!r}")
-            if not any(key.startswith(PROJECTOR_PREFIX) for key in weights):
-                break
-            return
+            break
     load_projector_weights(model, folder)
 
 

@@ -1,5 +1,6 @@
 """The pretrained parts that a model is made of: vision tower, language model and its tokenizer."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -19,6 +20,7 @@ from llava_saep.constants import DEFAULT_IMAGE_TOKEN
 from llava_saep.errors import UserError
 from llava_saep.model.combined_towers import CombinedVisionConfig, split_tower_names
 from llava_saep.model.reading import UNREADABLE_WEIGHTS, first_line, read_config
+from llava_saep.model.vocabulary import add_special_tokens
 
 
 @contextmanager
@@ -68,9 +70,12 @@ def tower_weights(path: str, config: PreTrainedConfig, dtype: torch.dtype) -> di
 def language_model_weights(path: str, config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, Tensor]:
     """Read a language model's weights, under the names that they have in the composed model; errors as `load_part`.
 
-    Where the head is tied to the embedding, it is left out.
+    Where the head is tied to the embedding, it is left out. There are as many rows as the files have, also where the
+    config says more.
     """
     whole = read_config(path, "--model_name_or_path")
+    config = copy.deepcopy(config)
+    config.vocab_size = whole.get_text_config().vocab_size
     if whole.get_text_config() is whole:
         language_model = load_part(AutoModelForCausalLM, path, config, "--model_name_or_path", dtype)
         decoder = language_model.base_model
@@ -84,21 +89,32 @@ def language_model_weights(path: str, config: PreTrainedConfig, dtype: torch.dty
 
 
 def build_tokenizer(language_model: str, extra_tokens: Sequence[str] = (), text_config: PreTrainedConfig | None = None):
-    """Load the language model's tokenizer and give it the `<image>` placeholder and a padding token.
-
-    Padding is on the right, as for training; `<unk>` (else the end token) pads where the tokenizer has no token for it.
+    """Load the language model's tokenizer and complete it as `complete_tokenizer` does.
 
     Args:
         extra_tokens: special tokens to add before the placeholder, where the tokenizer lacks them.
         text_config: the language model's, where the folder's config.json is one that transformers does not know.
     """
+    tokenizer = read_tokenizer(language_model, text_config)
+    add_special_tokens(tokenizer, extra_tokens)
+    return complete_tokenizer(tokenizer)
+
+
+def read_tokenizer(language_model: str, text_config: PreTrainedConfig | None = None):
+    """Load the language model's tokenizer, padding on the right as for training; `text_config` as `build_tokenizer`.
+
+    Raises:
+        UserError: there is none that can be read.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(language_model, config=text_config, padding_side="right")
+        return AutoTokenizer.from_pretrained(language_model, config=text_config, padding_side="right")
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"the tokenizer of {language_model!r} cannot be loaded: {first_line(error)}") from error
-    known = tokenizer.get_vocab()
-    lacking = [token for token in (*extra_tokens, DEFAULT_IMAGE_TOKEN) if token not in known]
-    tokenizer.add_tokens(lacking, special_tokens=True)
+
+
+def complete_tokenizer(tokenizer):
+    """Give a tokenizer the `<image>` placeholder, and `<unk>` (else the end token) to pad with."""
+    add_special_tokens(tokenizer, (DEFAULT_IMAGE_TOKEN,))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer

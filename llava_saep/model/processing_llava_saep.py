@@ -41,6 +41,7 @@ class LlavaSaepProcessor(ProcessorMixin):
             (cut into crops).
         mm_patch_merge_type, image_grid_pinpoints: how images are cut and put together, as in `LlavaSaepConfig`.
         apply_exif_orientation: turn images as their EXIF tags say, as the training data were. LLaVA does not.
+        use_im_start_end: images stand between <im_start> and <im_end> in the chat template.
         conversation_template: name in llava_saep.data.templates with which the model was trained; with
             "chat_template" the tokenizer's own serves the processor as well.
     """
@@ -61,6 +62,7 @@ class LlavaSaepProcessor(ProcessorMixin):
         mm_patch_merge_type: str = "flat",
         image_grid_pinpoints: Sequence[Sequence[int]] | None = None,
         apply_exif_orientation: bool = False,
+        use_im_start_end: bool = False,
         chat_template: str | None = None,
         **kwargs,
     ):
@@ -74,11 +76,14 @@ class LlavaSaepProcessor(ProcessorMixin):
         self.mm_patch_merge_type = mm_patch_merge_type
         self.image_grid_pinpoints = image_grid_pinpoints
         self.apply_exif_orientation = apply_exif_orientation
+        self.use_im_start_end = use_im_start_end
         self.image_token = DEFAULT_IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)
         if conversation_template == CHAT_TEMPLATE:
             check_has_template(tokenizer)
-        chat_template = chat_template or jinja_form(conversation_template, tokenizer.chat_template)
+        chat_template = chat_template or jinja_form(
+            conversation_template, tokenizer.chat_template, use_im_start_end=use_im_start_end
+        )
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
@@ -104,6 +109,7 @@ class LlavaSaepProcessor(ProcessorMixin):
             conversation_template=conversation_template,
             mm_patch_merge_type=config.mm_patch_merge_type,
             image_grid_pinpoints=config.image_grid_pinpoints,
+            use_im_start_end=config.mm_use_im_start_end,
         )
 
     @property

@@ -6,6 +6,7 @@ config.json that our training wrote beside it, or by its keys. LLaVA's config.js
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,15 @@ from torch import Tensor
 
 from llava_saep.errors import UserError
 from llava_saep.model.configuration_llava_saep import LlavaSaepConfig
-from llava_saep.model.loading import find_projector_weights, is_newline
+from llava_saep.model.loading import find_embedding, find_projector_weights, is_projectors_own
 from llava_saep.model.projector_selection import selection_from_config
 from llava_saep.model.reading import UNREADABLE_CONFIG, first_line, read_json_object
+from llava_saep.model.vocabulary import is_embedding, rows_of_tokens
 from projectors import ProjectorError, describe_options, load_projector_state_dict, projector_spec, select_projector
 from projectors._checkpoint import nearest_reading
 from projectors._recognition import recognise_projector
+
+logger = logging.getLogger(__name__)
 
 _FLAG = "--pretrain_mm_mlp_adapter"
 
@@ -53,10 +57,12 @@ def check_projector_weights(path: str | Path, config: LlavaSaepConfig) -> None:
         config: the model that they shall go into.
     Raises:
         UserError: there are none, they cannot be read, or they belong to another projector, to other widths or other
-            options (says to which, and what to do).
+            options (says to which, and what to do); or the embedding of added tokens is missing or misshapen.
     """
     file = find_projector_weights(path)
-    shapes = {name: tensor for name, tensor in read_weight_shapes(file).items() if not is_newline(name)}
+    found = read_weight_shapes(file)
+    _check_embedding(file, found, config)
+    shapes = {name: tensor for name, tensor in found.items() if is_projectors_own(name)}
     origin = read_origin(file)
     if origin is not None:
         _check_same_projector(file, origin, config)
@@ -67,6 +73,18 @@ def check_projector_weights(path: str | Path, config: LlavaSaepConfig) -> None:
     except ProjectorError as error:
         has_other_keys = nearest_reading(projector, shapes).num_unmatched > 0
         raise UserError(f"{file}: {_owner(shapes, config, has_other_keys) or error}") from error
+
+
+def _check_embedding(file: Path, shapes: Mapping[str, Tensor], config: LlavaSaepConfig) -> None:
+    """Refuse a file without the rows of the tokens that this run adds; warn of an embedding that it has no use for."""
+    if config.added_token_ids:
+        rows_of_tokens(find_embedding(shapes, file), config.added_token_ids, config.text_config, str(file))
+    elif any(is_embedding(name) for name in shapes):
+        logger.warning(
+            "%s: the token embedding in it is not used; if stage 1 was trained with --mm_use_im_start_end True, give "
+            "that here too",
+            file,
+        )
 
 
 def read_weight_shapes(path: Path) -> dict[str, Tensor]:

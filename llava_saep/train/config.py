@@ -13,10 +13,11 @@ from llava_saep.data.images import AspectRatio, GridPinpoints
 from llava_saep.model.anyres import PatchMergeType
 from projectors import ProjectorSelection
 
-TRAINABLE_PARTS = ("vision_tower", "projector", "language_model", "lora")
-"""What a run can train. `lora` stands for adapters on a language model whose own weights stay as they are."""
+TRAINABLE_PARTS = ("vision_tower", "projector", "token_embedding", "language_model", "lora")
+"""What a run can train. With `language_model` its token embedding learns too; `lora` stands for adapters on a language
+model whose own weights stay as they are."""
 
-TrainablePart = Literal["vision_tower", "projector", "language_model", "lora"]
+TrainablePart = Literal["vision_tower", "projector", "token_embedding", "language_model", "lora"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,7 @@ class ModelConfig:
         mm_patch_merge_type: how the crops of an image are put together; None: flat, or as a saved model does.
         image_grid_pinpoints: sizes that an image may be brought to before it is cut; (): a saved model's, or
             LLaVA-1.6's arrangements of the tower's input.
+        use_im_start_end: `--mm_use_im_start_end`; None: as a saved model does, else not.
         attn_implementation: None lets transformers choose.
     """
 
@@ -44,6 +46,7 @@ class ModelConfig:
     projector_weights: str | None = None
     mm_patch_merge_type: PatchMergeType | None = None
     image_grid_pinpoints: GridPinpoints = ()
+    use_im_start_end: bool | None = None
     attn_implementation: str | None = None
     trust_projector_code: bool = False
 

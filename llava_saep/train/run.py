@@ -27,15 +27,16 @@ from llava_saep.model.formats import read_base_config
 from llava_saep.model.loading import (
     build_model,
     build_processor,
-    build_tokenizer,
     find_projector_weights,
     load_processor,
     make_config,
 )
+from llava_saep.model.parts import complete_tokenizer, read_tokenizer
 from llava_saep.model.projector_check import check_projector_weights
 from llava_saep.model.projector_selection import remember_selection, selection_from_config, trusting_projector_code
 from llava_saep.model.reading import read_image_processor
 from llava_saep.model.vision_tower import unused_tower_parameters
+from llava_saep.model.vocabulary import START_END_TOKENS, add_special_tokens, with_room_for
 from llava_saep.train import checkpointing, distributed
 from llava_saep.train.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from llava_saep.train.lora import add_lora
@@ -255,11 +256,22 @@ def plan_model(config: RunConfig) -> tuple[LlavaSaepProcessor, LlavaSaepConfig]:
     processor, model_config = _plan(config)
     processor.apply_exif_orientation = config.data.apply_exif_orientation
     _check_named_layers(config.model, model_config)
+    _warn_about_absent_tokens(config.data, model_config)
     side = model_config.vision_config.image_size
     model_config.num_image_tokens(model_config.patch_grid(side, side))  # refuses layers and grids that cannot be
     if config.model.projector_weights is not None:
         check_projector_weights(config.model.projector_weights, model_config)
     return processor, model_config
+
+
+def _warn_about_absent_tokens(data: DataConfig, model_config: LlavaSaepConfig) -> None:
+    """Say that `plain` has no place for <im_start> and <im_end>: LLaVA drops them, and so they learn nothing there."""
+    if model_config.mm_use_im_start_end and data.conversation_template in ("plain", "v0_plain"):
+        logger.warning(
+            "--version %s writes images without <im_start> and <im_end>, as in LLaVA: in this run their embedding "
+            "learns nothing; --version v1 would write them",
+            data.conversation_template,
+        )
 
 
 def _check_named_layers(model: ModelConfig, model_config: LlavaSaepConfig) -> None:
@@ -283,12 +295,16 @@ def _plan(config: RunConfig) -> tuple[LlavaSaepProcessor, LlavaSaepConfig]:
             "--vision_tower is missing: expected a vision tower (folder or hub name), unless --model_name_or_path is "
             "a model that a run saved"
         )
-    tokenizer = build_tokenizer(model.language_model)
+    tokenizer = read_tokenizer(model.language_model)
+    added = add_special_tokens(tokenizer, START_END_TOKENS if model.use_im_start_end else ())
+    complete_tokenizer(tokenizer)
     model_config = make_config(
         language_model=model.language_model,
         vision_tower=model.vision_tower,
         projector=model.projector,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        mm_use_im_start_end=bool(model.use_im_start_end),
+        added_token_ids=added,
         **_crops(config, read_image_processor(model.vision_tower)),
     )
     processor = build_processor(
@@ -330,6 +346,11 @@ def _plan_from_saved(config: RunConfig, base: LlavaSaepConfig) -> tuple[LlavaSae
     crops = _crops(config, saved.image_processor, base)
     planned.mm_patch_merge_type = crops["mm_patch_merge_type"]
     planned.image_grid_pinpoints = [list(pair) for pair in crops["image_grid_pinpoints"]] or None
+    if config.model.use_im_start_end is not None:
+        planned.mm_use_im_start_end = config.model.use_im_start_end
+    added = add_special_tokens(saved.tokenizer, START_END_TOKENS if planned.mm_use_im_start_end else ())
+    planned.added_token_ids = list(added) or None
+    planned.text_config = with_room_for(planned.text_config, added)
     processor = LlavaSaepProcessor.from_model_config(
         planned,
         image_processor=saved.image_processor,
@@ -397,6 +418,7 @@ def build_dataset(
         num_anyres_tokens=model_config.image_tokens.num_tokens,
         apply_exif_orientation=config.apply_exif_orientation,
         on_bad_sample=config.on_bad_sample,
+        use_im_start_end=model_config.mm_use_im_start_end,
     )
 
 
@@ -425,6 +447,8 @@ def load_weights(model: ModelConfig, model_config: LlavaSaepConfig, arguments: T
         projector_weights=model.projector_weights,
         mm_patch_merge_type=model_config.mm_patch_merge_type,
         image_grid_pinpoints=model_config.image_grid_pinpoints,
+        mm_use_im_start_end=model_config.mm_use_im_start_end,
+        added_token_ids=model_config.added_token_ids or (),
         dtype=dtype,
         attn_implementation=model.attn_implementation,
     )
@@ -463,6 +487,10 @@ def choose_trainable(model: nn.Module, config: TrainingConfig, arguments: Traini
     if arguments.activation_checkpointing and "language_model" not in config.trainable:
         # A checkpointed block whose inputs want no gradient would give none to what learns inside it.
         model.enable_input_require_grads()
+    if config.trainable == {"projector", "token_embedding"} and base.config.tie_word_embeddings:
+        logger.warning(
+            "this language model's head is its token embedding (tie_word_embeddings), so the head learns with it"
+        )
     logger.info("what is trained:\n%s", trainable_table(model))
     return model
 

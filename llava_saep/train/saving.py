@@ -6,7 +6,7 @@ gigabytes that did not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -29,7 +29,7 @@ def output_kind(trainable: Iterable[TrainablePart]) -> OutputKind:
     parts = set(trainable)
     if "lora" in parts:
         return "lora"
-    return "projector" if parts == {"projector"} else "full"
+    return "projector" if parts <= {"projector", "token_embedding"} else "full"
 
 
 def gather_parameters(parameters: Iterable[tuple[str, nn.Parameter]], *, keep: bool) -> dict[str, Tensor]:
@@ -57,15 +57,25 @@ def _whole(parameter: nn.Parameter) -> Iterator[None]:
         yield
 
 
-def gather_changed_parameters(model: nn.Module, kind: OutputKind, *, keep: bool) -> dict[str, Tensor]:
-    """Gather what a "projector" or "lora" output holds: the projector, adapters, and whatever else learns."""
+def gather_changed_parameters(
+    model: nn.Module, kind: OutputKind, added_token_ids: Sequence[int], *, keep: bool
+) -> dict[str, Tensor]:
+    """Gather what a "projector" or "lora" output holds: the projector, adapters, and whatever else learns.
+
+    Of a token embedding that does not learn, it is the rows of the tokens that were added.
+    """
     assert kind != "full"
-    wanted = (
-        (name, parameter)
+    parts = {"projector", "lora"} | ({"token_embedding"} if added_token_ids else set())
+    wanted = {
+        name: parameter
         for name, parameter in model.named_parameters()
-        if part_of(name) in ("projector", "lora") or parameter.requires_grad
-    )
-    return gather_parameters(wanted, keep=keep)
+        if part_of(name) in parts or parameter.requires_grad
+    }
+    gathered = gather_parameters(wanted.items(), keep=keep)
+    for name in gathered:
+        if part_of(name) == "token_embedding" and not wanted[name].requires_grad:
+            gathered[name] = gathered[name][list(added_token_ids)]
+    return gathered
 
 
 def write_projector(folder: Path, weights: dict[str, Tensor], model: nn.Module) -> None:
@@ -89,4 +99,5 @@ def write_lora(folder: Path, weights: dict[str, Tensor], model: nn.Module) -> No
     base = model.get_base_model()
     save_projector_weights(folder, {n: t for n, t in beside.items() if goes_with_projector(n)}, base.config)
     if any(not goes_with_projector(name) for name in beside):
+        beside = {name: tensor for name, tensor in beside.items() if part_of(name) != "token_embedding"}
         save_file(beside, folder / NON_LORA_WEIGHTS_NAME, metadata={"format": "pt"})

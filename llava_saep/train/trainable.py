@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from llava_saep.model.vocabulary import EMBEDDING_NAME
 from llava_saep.train.config import TRAINABLE_PARTS, TrainablePart
 
 _PART_PREFIXES = {
     "vision_tower": ("model.vision_tower.",),
     "projector": ("model.multi_modal_projector.", "model.image_newline"),
+    "token_embedding": (EMBEDDING_NAME,),
 }
 _PEFT_PREFIX = "base_model.model."
 
@@ -19,7 +21,7 @@ _PEFT_PREFIX = "base_model.model."
 def part_of(parameter_name: str) -> TrainablePart:
     """Say which part of the model a parameter belongs to; LoRA's adapters are a part of their own.
 
-    Everything that is neither tower nor projector is the language model: its layers, embeddings and head.
+    Everything else is the language model: its layers and its head, unless that is the embedding (tied).
     """
     name = parameter_name.removeprefix(_PEFT_PREFIX)
     if "lora_" in name:
@@ -41,9 +43,11 @@ def set_trainable(model: nn.Module, parts: Iterable[TrainablePart]) -> None:
     LoRA's own settings are left alone: which biases learn beside the adapters (`--lora_bias`) is decided there.
     """
     parts = set(parts)
+    if "language_model" in parts:
+        parts.add("token_embedding")
     for name, parameter in model.named_parameters():
         part = part_of(name)
-        if "lora" in parts and part in ("lora", "language_model"):
+        if "lora" in parts and part in ("lora", "language_model", "token_embedding"):
             continue
         parameter.requires_grad_(part in parts)
 

@@ -90,7 +90,8 @@ class LlavaTrainer(Trainer):
             if self.output_kind == "full":
                 super().save_model(str(folder), _internal_call=True)
                 return
-            weights = saving.gather_changed_parameters(self.model, self.output_kind, keep=self.args.should_save)
+            added = self.base_model.config.added_token_ids or ()
+            weights = saving.gather_changed_parameters(self.model, self.output_kind, added, keep=self.args.should_save)
             if self.args.should_save:
                 write = saving.write_projector if self.output_kind == "projector" else saving.write_lora
                 write(folder, weights, self.model)

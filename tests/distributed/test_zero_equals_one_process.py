@@ -15,6 +15,7 @@ TOLERANCE = 1e-5
 KINDS = {
     "full": {},
     "projector": {"tune_mm_mlp_adapter": True},
+    "start_end": {"tune_mm_mlp_adapter": True, "mm_use_im_start_end": True},  # the token embedding learns too
     "lora": {"lora_enable": True, "lora_r": 4, "lora_dropout": 0.0, "gradient_checkpointing": True},
     "tower": {"unfreeze_mm_vision_tower": True, "mm_projector_lr": 1e-3},
 }
@@ -58,12 +59,12 @@ def test_full_finetuning_equals_one_process(stage, alone, bases, conversations, 
     check_equal_to_alone(alone, bases, conversations, tmp_path, kind="full", stage=stage, batch_size=2)
 
 
-@pytest.mark.parametrize("kind", ["projector", "lora", "tower"])
+@pytest.mark.parametrize("kind", ["projector", "start_end", "lora", "tower"])
 def test_training_parts_of_the_model_equals_one_process(kind, alone, bases, conversations, tmp_path):
     check_equal_to_alone(alone, bases, conversations, tmp_path, kind=kind, stage=2, batch_size=2)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("projector", marks=pytest.mark.slow), "lora"])
+@pytest.mark.parametrize("kind", [pytest.param("projector", marks=pytest.mark.slow), "start_end", "lora"])
 def test_training_parts_of_a_split_model_equals_one_process(kind, alone, bases, conversations, tmp_path):
     check_equal_to_alone(alone, bases, conversations, tmp_path, kind=kind, stage=3, batch_size=2)
 

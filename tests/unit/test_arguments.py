@@ -188,7 +188,6 @@ def test_no_projector_flag_keeps_the_one_of_a_saved_model():
         ("--mm_patch_merge_type spatial_unpad", "use --image_aspect_ratio anyres with it"),
         ("--image_aspect_ratio anyres --mm_patch_merge_type unpad", "expected flat, spatial, spatial_unpad"),
         ("--image_aspect_ratio anyres --image_grid_pinpoints 336", "expected pairs of width and height"),
-        ("--mm_use_im_start_end True", "not supported"),
         ("--bits 4", "bitsandbytes is not installed"),
         ("--version vicuna", "--version: unknown conversation template 'vicuna'.*; say --version v1 for that"),
         ("--eval_strategy steps", "no evaluation data"),

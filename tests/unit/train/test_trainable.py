@@ -44,7 +44,7 @@ def learning(model):
     [
         ("model.vision_tower.encoder.layers.0.mlp.fc1.weight", "vision_tower"),
         ("model.multi_modal_projector.layer_weights", "projector"),
-        ("model.language_model.embed_tokens.weight", "language_model"),
+        ("model.language_model.embed_tokens.weight", "token_embedding"),
         ("lm_head.weight", "language_model"),
         ("base_model.model.model.multi_modal_projector.weight", "projector"),
         ("base_model.model.model.language_model.layers.0.q_proj.base_layer.weight", "language_model"),
@@ -61,7 +61,15 @@ def test_every_parameter_belongs_to_one_part(name, part):
 def test_exactly_the_chosen_parts_learn(parts):
     model = Outer()
     set_trainable(model, parts)
-    assert learning(model) == parts
+    assert learning(model) - {"token_embedding"} == parts
+    assert ("token_embedding" in learning(model)) == ("language_model" in parts)
+
+
+def test_token_embedding_learns_beside_the_projector_and_the_head_does_not():
+    model = Outer()
+    set_trainable(model, {"projector", "token_embedding"})
+    assert learning(model) == {"projector", "token_embedding"}
+    assert not model.lm_head.weight.requires_grad
 
 
 def test_adapters_cover_every_linear_of_the_language_model_and_nothing_else():
@@ -93,8 +101,9 @@ def test_table_counts_parameters_and_those_that_learn():
     model = Outer()
     set_trainable(model, {"projector"})
     counts = {count.part: (count.num_parameters, count.num_trainable) for count in count_parameters(model)}
-    # tower 3*4+4; projector 4*4+4; language model 7*4 + 2*(4*4+4 + 4+4) + 7*4
-    assert counts == {"vision_tower": (16, 0), "projector": (20, 20), "language_model": (112, 0)}
+    # tower 3*4+4; projector 4*4+4; embedding 7*4; the rest of the language model 2*(4*4+4 + 4+4) + 7*4
+    expected = {"vision_tower": (16, 0), "projector": (20, 20), "token_embedding": (28, 0), "language_model": (84, 0)}
+    assert counts == expected
     last_line = trainable_table(model).splitlines()[-1].split()
     assert last_line == ["all", "148", "20"]
 
@@ -109,6 +118,7 @@ def test_parameters_that_zero3_has_split_are_counted_whole():
     ("parts", "kind"),
     [
         ({"projector"}, "projector"),
+        ({"projector", "token_embedding"}, "projector"),
         ({"projector", "lora"}, "lora"),
         ({"lora", "vision_tower"}, "lora"),
         ({"projector", "language_model"}, "full"),
