@@ -29,6 +29,7 @@ COMMANDS = {
     "chat": Command("llava_saep.commands.chat", "talk in the terminal with any saved model about images"),
     "eval": Command("llava_saep.commands.evaluate", "answer a file of questions and score the answers"),
     "projectors": Command("llava_saep.commands.projectors", "list, show, check, measure and document the projectors"),
+    "bench": Command("llava_saep.commands.bench", "measure training steps on the machine at hand"),
     "convert": Command(
         "llava_saep.commands.convert", "write a saved model in LLaVA's or llava-hf's format, or in ours; merge, extract"
     ),

@@ -1,1 +1,4 @@
-"""Measurements of speed and memory. They need torch alone; plots need matplotlib (the extra `bench`)."""
+"""Measurements of speed and memory: of projectors, which need torch alone, and of training steps.
+
+Plots need matplotlib (the extra `bench`).
+"""
