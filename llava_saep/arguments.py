@@ -26,7 +26,9 @@ from llava_saep.data.images import AspectRatio, parse_grid_pinpoints
 from llava_saep.data.templates import TEMPLATE_NAMES, check_template_name
 from llava_saep.errors import UserError
 from llava_saep.model.anyres import PatchMergeType
+from llava_saep.model.quantization import QuantizationConfig, require_bitsandbytes
 from llava_saep.train.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainablePart, TrainingConfig
+from llava_saep.train.saving import output_kind
 from projectors import (
     ProjectorSelection,
     parse_projector_options,
@@ -142,9 +144,12 @@ class TrainingArguments(transformers.TrainingArguments):
     freeze_mm_mlp_adapter: bool = field(default=False, metadata={"help": "keep the projector as it is"})
     mpt_attn_impl: str | None = field(default="triton", metadata={"help": "no effect: see --attn_implementation"})
     model_max_length: int = field(default=512, metadata={"help": "tokens of one sample, image tokens included"})
-    double_quant: bool = field(default=True, metadata={"help": "accepted for LLaVA's scripts; no effect"})
-    quant_type: str = field(default="nf4", metadata={"help": "accepted for LLaVA's scripts; no effect"})
-    bits: int = field(default=16, metadata={"help": "only 16 is supported"})
+    double_quant: bool = field(default=True, metadata={"help": "with --bits 4: round the scales of the weights too"})
+    quant_type: Literal["nf4", "fp4"] = field(default="nf4", metadata={"help": "with --bits 4: the values that exist"})
+    bits: Literal[4, 8, 16] = field(
+        default=16,
+        metadata={"help": "4 or 8: keep the frozen language model in so many bits per weight (needs bitsandbytes)"},
+    )
     lora_enable: bool = field(default=False, metadata={"help": "train adapters in place of the language model"})
     lora_r: int = field(default=64, metadata={"help": "rank of the adapters"})
     lora_alpha: int = field(default=16, metadata={"help": "scale of the adapters, divided by the rank"})
@@ -363,10 +368,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
 def _refuse_unsupported(flags: argparse.Namespace) -> None:
     """Stop at values that LLaVA or transformers accept and this project does not implement."""
     _refuse_unknown_cutting(flags)
-    if flags.bits != 16:
-        installed = importlib.util.find_spec("bitsandbytes") is not None
-        reason = "training on quantised weights is not implemented" if installed else "bitsandbytes is not installed"
-        raise UserError(f"--bits {flags.bits}: {reason}; use --bits 16, with --lora_enable True to save memory")
     if flags.remove_unused_columns:
         raise UserError("--remove_unused_columns True would drop the images; leave it at False")
     if flags.eval_strategy != "no":
@@ -429,6 +430,8 @@ def _warn_without_effect(flags: argparse.Namespace) -> None:
         ignored.append("--mpt_attn_impl (see --attn_implementation)")
     if flags.image_grid_pinpoints and flags.image_aspect_ratio != "anyres":
         ignored.append("--image_grid_pinpoints (for --image_aspect_ratio anyres)")
+    if flags.bits != 4 and (flags.quant_type != "nf4" or not flags.double_quant):
+        ignored.append("--quant_type and --double_quant (for --bits 4)")
     if flags.lora_weight_path:
         ignored.append("--lora_weight_path (nor has it in LLaVA)")
     if ignored:
@@ -494,6 +497,30 @@ def _refuse_contradicting_layers(layers: Sequence[int], option: Sequence[int]) -
         )
 
 
+def _quantization(flags: argparse.Namespace) -> QuantizationConfig | None:
+    """Read how the language model is rounded.
+
+    Raises:
+        UserError: rounded weights would have to be trained or saved, or bitsandbytes is not installed.
+    """
+    if flags.bits == 16:
+        return None
+    parts = _trainable_parts(flags)
+    if output_kind(parts) == "full":
+        what = "trained" if "language_model" in parts else "saved with the tower of --unfreeze_mm_vision_tower True"
+        raise UserError(
+            f"--bits {flags.bits} rounds the language model's weights, which can then not be {what}; add --lora_enable "
+            "True (adapters are trained: QLoRA) or --tune_mm_mlp_adapter True (the projector alone), or use --bits 16"
+        )
+    if flags.lora_bias != "none":
+        raise UserError(
+            f"--lora_bias {flags.lora_bias} with --bits {flags.bits}: bitsandbytes casts biases to the dtype that it "
+            "multiplies in, so they would be trained in it; use --lora_bias none"
+        )
+    require_bitsandbytes(f"--bits {flags.bits}")
+    return QuantizationConfig(bits=flags.bits, quant_type=flags.quant_type, double_quant=flags.double_quant)
+
+
 def _model_config(flags: argparse.Namespace) -> ModelConfig:
     return ModelConfig(
         language_model=_require(flags, "model_name_or_path", "a language model (folder or hub name)"),
@@ -507,6 +534,7 @@ def _model_config(flags: argparse.Namespace) -> ModelConfig:
         use_im_start_end=flags.mm_use_im_start_end,
         attn_implementation=flags.attn_implementation,
         trust_projector_code=flags.trust_projector_code,
+        quantization=_quantization(flags),
     )
 
 

@@ -19,6 +19,7 @@ from llava_saep.errors import UserError
 from llava_saep.model.loading import inspect_folder, load_model, load_processor
 from llava_saep.model.modeling_llava_saep import LlavaSaepForConditionalGeneration
 from llava_saep.model.processing_llava_saep import LlavaSaepProcessor, pad_rows
+from llava_saep.model.quantization import QuantizationConfig
 
 Message = dict[str, Any]
 """`{"role": "system"|"user"|"assistant", "content": str | [{"type": "text", "text"} | {"type": "image", "image"}]}`."""
@@ -106,13 +107,14 @@ class Predictor:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         trust_projector_code: bool | None = None,
+        quantization: QuantizationConfig | None = None,
     ) -> "Predictor":
         """Load any folder that training wrote.
 
         Args:
             device: None: the first GPU where there is one, else the CPU.
             dtype: None: bfloat16 on a GPU, float32 on the CPU.
-            trust_projector_code: as in `load_model`.
+            trust_projector_code, quantization: as in `load_model`.
         Raises:
             UserError, ProjectorError: the device does not exist here; else see `load_model`.
         """
@@ -120,7 +122,9 @@ class Predictor:
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         inspect_folder(folder)  # its message says more than that of a missing processor
         processor = load_processor(folder, trust_projector_code=trust_projector_code)
-        model = load_model(folder, device=device, dtype=dtype, trust_projector_code=trust_projector_code)
+        model = load_model(
+            folder, device=device, dtype=dtype, trust_projector_code=trust_projector_code, quantization=quantization
+        )
         return cls(model, processor)
 
     @property

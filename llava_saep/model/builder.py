@@ -13,6 +13,7 @@ from llava_saep.model.formats import build_foreign_processor, detect_format, ins
 from llava_saep.model.llava_format import LlavaFolder
 from llava_saep.model.loading import inspect_folder, load_model, load_processor
 from llava_saep.model.modeling_llava_saep import LlavaSaepForConditionalGeneration
+from llava_saep.model.quantization import QuantizationConfig
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def load_pretrained_model(
             format, llava-hf's or ours.
         model_base: language model of a projector or adapter in LLaVA's format, where its config does not name it.
         model_name: not used: what a folder holds is decided from its files.
-        load_8bit, load_4bit: not supported.
+        load_8bit, load_4bit: round the language model's linear layers, and nothing else; needs bitsandbytes.
         device_map: {"": device}, or "auto": the whole model is on one device.
         device: "cuda" where there is no GPU means the CPU.
         kwargs: torch_dtype (or dtype): float16 on a GPU and float32 on the CPU unless given; attn_implementation,
@@ -48,8 +49,7 @@ def load_pretrained_model(
     Raises:
         UserError, ProjectorError: see `load_model`.
     """
-    if load_8bit or load_4bit:
-        raise UserError("load_8bit and load_4bit are not supported; load in float16 or bfloat16 (torch_dtype)")
+    quantization = QuantizationConfig.for_loading(load_4bit=load_4bit, load_8bit=load_8bit)
     device = _device(device, device_map)
     default = torch.float16 if device.type == "cuda" else torch.float32
     dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None) or default
@@ -60,7 +60,7 @@ def load_pretrained_model(
         raise UserError(f"load_pretrained_model does not know {', '.join(sorted(unknown))}")
     model_path = str(local_folder(model_path))
     base = _base(model_path, model_base or None)
-    model = load_model(model_path, dtype=dtype, device=device, model_base=base, **kwargs)
+    model = load_model(model_path, dtype=dtype, device=device, model_base=base, quantization=quantization, **kwargs)
     processor, stored_length = _processor(model_path, base, kwargs)
     model.config.image_aspect_ratio = processor.image_aspect_ratio
     tokenizer = processor.tokenizer

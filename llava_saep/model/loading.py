@@ -29,6 +29,7 @@ from llava_saep.model.modeling_llava_saep import LlavaSaepForConditionalGenerati
 from llava_saep.model.parts import build_tokenizer, language_model_weights, loading_whole, tower_weights
 from llava_saep.model.processing_llava_saep import LlavaSaepProcessor
 from llava_saep.model.projector_selection import remember_selection, selection_from_config, trusting_projector_code
+from llava_saep.model.quantization import QuantizationConfig, quantize_language_model
 from llava_saep.model.reading import (
     FULL_WEIGHTS_NAMES,
     UNREADABLE_CONFIG,
@@ -450,6 +451,7 @@ def load_model(
     model_base: str | None = None,
     vision_tower: str | None = None,
     projector: ProjectorSelection | None = None,
+    quantization: QuantizationConfig | None = None,
 ) -> LlavaSaepForConditionalGeneration:
     """Load any folder that training wrote, the original LLaVA's or llava-hf's too, in evaluation mode.
 
@@ -461,6 +463,7 @@ def load_model(
             `inspect_llava_folder`.
         trust_projector_code: permit the config to import a projector from outside this package. None: as
             `trusting_projector_code` around the call says, and else not.
+        quantization: round the language model, its adapter merged, to fewer bits; `dtype` is what the rest has.
     Raises:
         UserError, ProjectorError: the folder is no saved model, or its weights are missing, damaged or misshapen.
     """
@@ -468,14 +471,13 @@ def load_model(
     with trusting_projector_code(trust_projector_code):
         kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
         if detect_format(folder) != "own":
-            foreign = inspect_foreign_folder(folder, **parts)
-            return load_foreign_model(foreign, dtype, **kwargs).to(device).eval()
-        refuse_parts(folder, **parts)
-        saved = inspect_folder(folder)
-        if saved.kind == "full":
-            model = _load_full(saved, dtype, **kwargs)
+            model = load_foreign_model(inspect_foreign_folder(folder, **parts), dtype, **kwargs)
         else:
-            model = _load_on_bases(saved, dtype, **kwargs)
+            refuse_parts(folder, **parts)
+            saved = inspect_folder(folder)
+            model = (_load_full if saved.kind == "full" else _load_on_bases)(saved, dtype, **kwargs)
+    if quantization is not None:
+        quantize_language_model(model, quantization, compute_dtype=dtype, device=device)
     return model.to(device).eval()
 
 

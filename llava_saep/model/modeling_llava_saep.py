@@ -2,6 +2,7 @@
 that multiplies by the language-model head only where there is a label."""
 
 import math
+import os
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +25,7 @@ from llava_saep.model.anyres import merge_all
 from llava_saep.model.configuration_llava_saep import LlavaSaepConfig
 from llava_saep.model.llava_generation import LlavaStyleGeneration
 from llava_saep.model.projector_selection import selection_from_config
+from llava_saep.model.quantization import QuantizationConfig
 from llava_saep.model.vision_tower import read_patch_features
 from projectors import Projector
 
@@ -165,13 +167,32 @@ def _insert_image_features(inputs_embeds: Tensor, placeholders: Tensor, image_fe
 
 
 class LlavaSaepForConditionalGeneration(LlavaStyleGeneration, LlavaSaepPreTrainedModel, LlavaForConditionalGeneration):
-    """The model that is trained, saved and talked to."""
+    """The model that is trained, saved and talked to.
+
+    Attributes:
+        quantization: how the language model has been rounded (`quantize_language_model`); None: not at all.
+    """
+
+    quantization: QuantizationConfig | None = None
 
     def __init__(self, config: LlavaSaepConfig):
         LlavaPreTrainedModel.__init__(self, config)
         self.model = LlavaSaepModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """Save as transformers does.
+
+        Raises:
+            UserError: the language model is quantised; its rounded weights would be no model that loads.
+        """
+        if self.quantization is not None:
+            raise UserError(
+                f"{save_directory}: a language model in {self.quantization.bits} bits is not saved; load the model "
+                "without quantisation and save that, or use `llava-saep convert`"
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def get_image_features(
         self, pixel_values: Tensor | Sequence[Tensor], image_sizes: Tensor | None = None, **kwargs

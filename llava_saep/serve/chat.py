@@ -11,6 +11,7 @@ from typing import TextIO
 from llava_saep.data.images import load_image
 from llava_saep.errors import UserError
 from llava_saep.generation import GenerationOptions, Message, Predictor
+from llava_saep.model.quantization import QuantizationConfig
 
 HELP = """\
 Type a question and press Enter. Commands:
@@ -160,6 +161,8 @@ def build_parser(prog: str = "llava-saep chat") -> argparse.ArgumentParser:
     parser.add_argument("--image-file", "--image_file", nargs="+", default=[], help="images for the first question")
     parser.add_argument("--query", help="ask this one question and exit")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    parser.add_argument("--load-8bit", "--load_8bit", action="store_true", help="round the language model to 8 bits")
+    parser.add_argument("--load-4bit", "--load_4bit", action="store_true", help="round the language model to 4 bits")
     parser.add_argument("--temperature", type=float, default=0.2, help="0 decodes greedily (default: %(default)s)")
     parser.add_argument("--top-p", "--top_p", type=float, default=1.0)
     parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=512)
@@ -183,7 +186,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in args.image_file:
         load_image(path)  # before the model is loaded, which may take long
     predictor = Predictor.from_pretrained(
-        args.model_path, device=args.device, trust_projector_code=args.trust_projector_code
+        args.model_path,
+        device=args.device,
+        trust_projector_code=args.trust_projector_code,
+        quantization=QuantizationConfig.for_loading(load_4bit=args.load_4bit, load_8bit=args.load_8bit),
     )
     options = _fit_to_context(options, predictor)
     session = ChatSession(predictor, options)

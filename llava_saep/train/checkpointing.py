@@ -41,6 +41,7 @@ class CheckpointFacts:
         zero_stage: DeepSpeed's stage; None without DeepSpeed.
         trainable: shape of each parameter that learns, by name.
         is_resumable: False: weights alone were saved (`--save_only_model True`).
+        quantization: `--bits` and its companions, in words; None: the language model is not rounded.
     """
 
     global_step: int
@@ -48,6 +49,7 @@ class CheckpointFacts:
     zero_stage: int | None
     trainable: Mapping[str, tuple[int, ...]]
     is_resumable: bool = True
+    quantization: str | None = None
 
 
 def _sha256(path: Path) -> str:
@@ -75,6 +77,7 @@ def write_manifest(folder: Path, facts: CheckpointFacts) -> Path:
         "zero_stage": facts.zero_stage,
         "trainable": {name: list(shape) for name, shape in facts.trainable.items()},
         "is_resumable": facts.is_resumable,
+        "quantization": facts.quantization,
         "files": files,
     }
     partial = folder / f"{MANIFEST_NAME}.partial"
@@ -109,6 +112,7 @@ def read_facts(folder: Path) -> CheckpointFacts:
         zero_stage=manifest["zero_stage"],
         trainable={name: tuple(shape) for name, shape in manifest["trainable"].items()},
         is_resumable=manifest["is_resumable"],
+        quantization=manifest.get("quantization"),  # manifests are older than quantised training
     )
 
 
@@ -195,7 +199,7 @@ def check_same_run(folder: Path, found: CheckpointFacts, current: CheckpointFact
     """Refuse to load optimizer state into a run that it does not belong to.
 
     Raises:
-        UserError: the number of ranks, the ZeRO stage or the set of learning parameters differs.
+        UserError: the number of ranks, the ZeRO stage, the quantisation or the set of learning parameters differs.
     """
     advice = "go on with the settings of that run, or start anew with --resume never and another --output_dir"
     if found.world_size != current.world_size:
@@ -206,6 +210,11 @@ def check_same_run(folder: Path, found: CheckpointFacts, current: CheckpointFact
     if found.zero_stage != current.zero_stage:
         raise UserError(
             f"{folder} was saved under ZeRO stage {found.zero_stage}, this run has {current.zero_stage}; {advice}"
+        )
+    if found.quantization != current.quantization:
+        raise UserError(
+            f"{folder} was saved beside a language model of {found.quantization or '16 bits or more'}, this run has "
+            f"{current.quantization or '16 bits or more'} (--bits, --quant_type, --double_quant); {advice}"
         )
     if found.trainable != current.trainable:
         names = sorted(

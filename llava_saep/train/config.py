@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from llava_saep.data.images import AspectRatio, GridPinpoints
 from llava_saep.model.anyres import PatchMergeType
+from llava_saep.model.quantization import QuantizationConfig
 from projectors import ProjectorSelection
 
 TRAINABLE_PARTS = ("vision_tower", "projector", "token_embedding", "language_model", "lora")
@@ -36,6 +37,7 @@ class ModelConfig:
             LLaVA-1.6's arrangements of the tower's input.
         use_im_start_end: `--mm_use_im_start_end`; None: as a saved model does, else not.
         attn_implementation: None lets transformers choose.
+        quantization: how the language model, which is then frozen, is rounded; None: not at all.
     """
 
     language_model: str
@@ -49,6 +51,7 @@ class ModelConfig:
     use_im_start_end: bool | None = None
     attn_implementation: str | None = None
     trust_projector_code: bool = False
+    quantization: QuantizationConfig | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,6 +78,8 @@ def quieten_libraries() -> None:
         warnings.filterwarnings("ignore", message=rf".*{name}. is deprecated", category=FutureWarning)
     # peft asks by the old name
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated", category=FutureWarning)
+    # peft imports bitsandbytes, which recommends a kernel on some processors
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if not has_accelerator():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it finds nothing better
     if not is_rank_zero():

@@ -38,7 +38,8 @@ def add_lora(model: nn.Module, config: LoraConfig) -> PeftModel:
     """Wrap a model with adapters; all its other weights stop learning.
 
     The adapters take the dtype of the weights that they stand beside: ZeRO-3 keeps one dtype per group, and fails on
-    float32 adapters in a bf16 model.
+    float32 adapters in a bf16 model. Beside quantised weights they start in float32, and DeepSpeed casts them with the
+    rest of the model.
     """
     import peft
 

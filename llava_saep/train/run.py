@@ -34,6 +34,7 @@ from llava_saep.model.loading import (
 from llava_saep.model.parts import complete_tokenizer, read_tokenizer
 from llava_saep.model.projector_check import check_projector_weights
 from llava_saep.model.projector_selection import remember_selection, selection_from_config, trusting_projector_code
+from llava_saep.model.quantization import QuantizationConfig, quantize_language_model
 from llava_saep.model.reading import read_image_processor
 from llava_saep.model.vision_tower import unused_tower_parameters
 from llava_saep.model.vocabulary import START_END_TOKENS, add_special_tokens, with_room_for
@@ -93,7 +94,9 @@ def check_paths(config: RunConfig) -> None:
     if config.model.projector_weights is not None:
         find_projector_weights(config.model.projector_weights)
     if config.training.trainer_arguments.get("deepspeed") is not None:
-        read_deepspeed_config(config.training.trainer_arguments["deepspeed"])
+        settings = read_deepspeed_config(config.training.trainer_arguments["deepspeed"])
+        if config.model.quantization is not None:
+            refuse_partitioning(settings, config.model.quantization)
     output_dir = Path(config.training.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir}: is a file; expected a folder, or a new name")
@@ -159,6 +162,19 @@ def read_deepspeed_config(value: str | Mapping[str, Any]) -> dict[str, Any]:
             "deepspeed_configs/zero2.json, or no --deepspeed to train without it"
         )
     return config
+
+
+def refuse_partitioning(settings: Mapping[str, Any], quantization: QuantizationConfig) -> None:
+    """Stop at ZeRO-3, which would split the language model while it is loaded, before it is quantised.
+
+    Raises:
+        UserError: DeepSpeed's config asks for stage 3.
+    """
+    if settings.get("zero_optimization", {}).get("stage") == 3:
+        raise UserError(
+            f"--bits {quantization.bits} does not work under ZeRO-3 (--deepspeed), which would split quantised weights "
+            "among the ranks; use deepspeed_configs/zero2.json, or --bits 16"
+        )
 
 
 # Start
@@ -424,8 +440,11 @@ def build_dataset(
 
 def weights_dtype(arguments: TrainingArguments) -> torch.dtype:
     """Return the dtype of the weights: DeepSpeed keeps float32 copies itself, autocast needs them in the model."""
-    if not arguments.deepspeed:
-        return torch.float32
+    return compute_dtype(arguments) if arguments.deepspeed else torch.float32
+
+
+def compute_dtype(arguments: TrainingArguments) -> torch.dtype:
+    """Return the dtype in which linear layers multiply."""
     if arguments.bf16:
         return torch.bfloat16
     return torch.float16 if arguments.fp16 else torch.float32
@@ -454,6 +473,10 @@ def load_weights(model: ModelConfig, model_config: LlavaSaepConfig, arguments: T
     )
     # One dtype for all: ZeRO-3 fails on a float32 projector in a bf16 model.
     built.model.multi_modal_projector.to(dtype)
+    if model.quantization is not None:
+        quantize_language_model(
+            built, model.quantization, compute_dtype=compute_dtype(arguments), device=arguments.device
+        )
     # Where an output that holds only what changed finds the rest, wherever it is read from.
     built.config.language_model_name_or_path = _as_lasting_path(model.language_model)
     if built.config.vision_tower_name_or_path is not None:

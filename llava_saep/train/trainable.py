@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from llava_saep.model.quantization import num_weights
 from llava_saep.model.vocabulary import EMBEDDING_NAME
 from llava_saep.train.config import TRAINABLE_PARTS, TrainablePart
 
@@ -53,8 +54,8 @@ def set_trainable(model: nn.Module, parts: Iterable[TrainablePart]) -> None:
 
 
 def num_elements(parameter: Tensor) -> int:
-    """Count a parameter's numbers, also where ZeRO-3 keeps only a slice of it here."""
-    return getattr(parameter, "ds_numel", None) or parameter.numel()
+    """Count a parameter's numbers, also where ZeRO-3 keeps only a slice of it here, or a byte holds two of them."""
+    return getattr(parameter, "ds_numel", None) or num_weights(parameter)
 
 
 @dataclass(frozen=True)

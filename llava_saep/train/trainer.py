@@ -129,6 +129,7 @@ class LlavaTrainer(Trainer):
                 if parameter.requires_grad
             },
             is_resumable=not self.args.save_only_model,
+            quantization=None if self.base_model.quantization is None else str(self.base_model.quantization),
         )
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:

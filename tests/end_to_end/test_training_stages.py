@@ -2,22 +2,19 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
-from llava_saep.data.collator import ConversationCollator
 from llava_saep.data.dataset import ConversationDataset
-from llava_saep.data.templates import conversation_template
-from llava_saep.model.loading import build_model, build_tokenizer, load_model, load_processor
-from llava_saep.train.checkpointing import MANIFEST_NAME, why_incomplete
+from llava_saep.model.loading import build_model, build_tokenizer, load_model
+from llava_saep.train.checkpointing import why_incomplete
 from projectors import ProjectorError, select_projector
 from tests.fixtures.ranks import run_ranks, run_training, train_on_ranks
 from tests.fixtures.tiny import TinyBases, TinyData, write_bases, write_data
-from tests.fixtures.training import deepspeed_json, logged, training_flags
+from tests.fixtures.training import deepspeed_json, logged, loss_of_saved, resume_from_copy, training_flags
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
 
@@ -72,27 +69,6 @@ def untrained(bases):
         projector=select_projector("saep"),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
     )
-
-
-def loss_of_saved(folder: Path, data: TinyData, indices: list[int], version: str = "v1") -> float:
-    """The training loss of a saved model on some samples, without any Trainer."""
-    model, processor = load_model(folder), load_processor(folder)
-    dataset = ConversationDataset(
-        data.data_path,
-        data.image_folder,
-        tokenizer=processor.tokenizer,
-        image_processor=processor.image_processor,
-        image_aspect_ratio=processor.image_aspect_ratio,
-        template=conversation_template(version),
-        num_image_tokens=model.config.num_image_tokens,
-        patch_size=model.config.vision_config.patch_size,
-        image_token_id=model.config.image_token_id,
-        max_length=512,
-    )
-    collator = ConversationCollator(processor.tokenizer.pad_token_id, dataset.image_size, 512)
-    batch = collator([dataset[index] for index in indices])
-    with torch.no_grad():
-        return model.train()(**batch).loss.item()
 
 
 def test_stage_one_writes_config_projector_and_processor_and_no_other_weights(stage_one):
@@ -255,17 +231,6 @@ def test_users_own_projector_trains_under_zero3_and_loads_only_when_trusted(base
 
 
 # Resuming
-
-
-def resume_from_copy(argv, finished: Path, step: int, output_dir: Path, world_size: int) -> None:
-    """Go on in `output_dir` from a checkpoint of another run, beside a newer one that is torn."""
-    shutil.copytree(finished / f"checkpoint-{step}", output_dir / f"checkpoint-{step}")
-    torn = output_dir / f"checkpoint-{step + 1}"
-    shutil.copytree(finished / f"checkpoint-{step}", torn)
-    (torn / MANIFEST_NAME).unlink()
-    argv = list(argv)
-    argv[argv.index("--output_dir") + 1] = str(output_dir)
-    train_on_ranks(argv, world_size=world_size, output_dir=output_dir)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The command line: flags of LLaVA's and ours, and mistakes that end in one clear message."""
 
+import importlib.util
 import logging
 
 import pytest
@@ -8,9 +9,43 @@ from llava_saep import arguments
 from llava_saep.arguments import own_flags, parse_arguments, translate_removed_flags
 from llava_saep.data.templates import TEMPLATE_NAMES
 from llava_saep.errors import UserError
+from llava_saep.model.quantization import QuantizationConfig
 from projectors import ProjectorError, registered_projectors
 
 REQUIRED = "--model_name_or_path lm --vision_tower tower --data_path data.json --output_dir out".split()
+
+
+@pytest.fixture
+def bitsandbytes_is_there(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda n, *rest: n == "bitsandbytes" or find_spec(n, *rest))
+
+
+def test_quantisation_is_what_the_flags_say(bitsandbytes_is_there):
+    assert parse_arguments([*REQUIRED, "--lora_enable", "True"]).model.quantization is None
+    flags = [*REQUIRED, *"--tune_mm_mlp_adapter True --bits 4 --quant_type fp4 --double_quant False".split()]
+    fp4 = QuantizationConfig(bits=4, quant_type="fp4", double_quant=False)
+    assert parse_arguments(flags).model.quantization == fp4
+    assert parse_arguments([*flags, "--mm_use_im_start_end", "True"]).model.quantization == fp4  # learns an embedding
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "can then not be trained; add --lora_enable"),
+        ("--freeze_backbone True --unfreeze_mm_vision_tower True", "not be saved with the tower .*; add --lora_enable"),
+        ("--lora_enable True --lora_bias all", "--lora_bias all with --bits 8: .* use --lora_bias none"),
+    ],
+)
+def test_training_rounded_weights_is_refused(flags, message, bitsandbytes_is_there):
+    with pytest.raises(UserError, match=message):
+        parse_arguments([*REQUIRED, "--bits", "8", *flags.split()])
+
+
+def test_what_is_for_four_bits_is_said_to_have_no_effect_on_others(bitsandbytes_is_there, caplog):
+    with caplog.at_level(logging.WARNING, "llava_saep"):
+        parse_arguments([*REQUIRED, *"--bits 8 --lora_enable True --quant_type fp4".split()])
+    assert "--quant_type and --double_quant (for --bits 4)" in caplog.text
 
 
 def test_own_flags_change_only_on_purpose():
@@ -188,7 +223,9 @@ def test_no_projector_flag_keeps_the_one_of_a_saved_model():
         ("--mm_patch_merge_type spatial_unpad", "use --image_aspect_ratio anyres with it"),
         ("--image_aspect_ratio anyres --mm_patch_merge_type unpad", "expected flat, spatial, spatial_unpad"),
         ("--image_aspect_ratio anyres --image_grid_pinpoints 336", "expected pairs of width and height"),
-        ("--bits 4", "bitsandbytes is not installed"),
+        ("--bits 4 --lora_enable True", "--bits 4: bitsandbytes is not installed"),
+        ("--bits 5", "invalid choice"),
+        ("--bits 4 --quant_type nf5", "invalid choice"),
         ("--version vicuna", "--version: unknown conversation template 'vicuna'.*; say --version v1 for that"),
         ("--eval_strategy steps", "no evaluation data"),
         ("--evaluation_strategy steps", "no evaluation data"),

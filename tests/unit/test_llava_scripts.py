@@ -6,6 +6,7 @@ import pytest
 import transformers
 
 from llava_saep.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
+from llava_saep.model.quantization import QuantizationConfig
 from llava_saep.train.config import LoraConfig
 from llava_saep.train.run import read_deepspeed_config
 from tests.fixtures.llava_scripts import LLAVA_SCRIPTS, argument_list
@@ -82,7 +83,10 @@ def shortest_abbreviation(flag):
 @pytest.mark.parametrize("flag", LLAVA_FLAGS)
 def test_what_abbreviates_a_flag_of_llava_does_so_here(flag, parsed_flags):
     """argparse takes any unambiguous beginning of a flag; a flag that is added here must not make one ambiguous."""
-    value = {"mm_vision_select_layer": "3", "mm_projector_lr": "1e-3", "lora_bias": "all"}.get(flag)
+    value = {"mm_vision_select_layer": "3", "mm_projector_lr": "1e-3", "lora_bias": "all", "quant_type": "fp4"}.get(
+        flag
+    )
+    value = "8" if flag == "bits" else value
     default = {**LLAVA_DEFAULTS[ModelArguments], **LLAVA_DEFAULTS[DataArguments], **LLAVA_DEFAULTS[TrainingArguments]}
     if value is None:
         kind = type(default[flag])
@@ -164,6 +168,13 @@ def test_script_means_what_it_means_in_llava(script):
         lora=config.training.lora,
         projector_learning_rate=config.training.projector_learning_rate,
     )
+
+
+def test_qlora_script_means_what_the_lora_script_means_on_four_bits(monkeypatch):
+    monkeypatch.setattr("llava_saep.arguments.require_bitsandbytes", lambda asked: None)
+    lora, qlora = (parse_arguments(argument_list(LLAVA_SCRIPTS[f"finetune_{kind}.sh"])) for kind in ("lora", "qlora"))
+    four_bits = QuantizationConfig(bits=4, quant_type="nf4", double_quant=True)
+    assert qlora == dataclasses.replace(lora, model=dataclasses.replace(lora.model, quantization=four_bits))
 
 
 @pytest.mark.parametrize("script", MEANINGS)

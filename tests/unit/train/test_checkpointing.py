@@ -119,6 +119,7 @@ def test_named_checkpoint_must_exist_and_be_complete(tmp_path):
         ({"zero_stage": 3}, "ZeRO stage 2"),
         ({"trainable": {"projector.weight": (3, 5)}}, "projector.weight"),
         ({"trainable": {}}, "trains other parameters"),
+        ({"quantization": "4 bits (nf4)"}, r"16 bits or more, this run has 4 bits \(nf4\) \(--bits"),
     ],
 )
 def test_state_of_another_run_is_refused(tmp_path, change, message):

@@ -40,6 +40,21 @@ def test_output_beside_the_inputs_is_fine(flags):
 # DeepSpeed's settings
 
 
+@pytest.mark.parametrize(("stage", "is_refused"), [(1, False), (2, False), (3, True)])
+def test_zero3_is_refused_for_a_quantised_language_model_before_anything_is_loaded(
+    stage, is_refused, flags, monkeypatch
+):
+    monkeypatch.setattr("llava_saep.arguments.require_bitsandbytes", lambda asked: None)
+    flags += ["--lora_enable", "True", "--deepspeed", f"deepspeed_configs/zero{stage}.json"]
+    check_paths(parse_arguments(flags))
+    config = parse_arguments([*flags, "--bits", "4"])
+    if is_refused:
+        with pytest.raises(UserError, match=r"--bits 4 does not work under ZeRO-3 .* use deepspeed_configs/zero2.json"):
+            check_paths(config)
+    else:
+        check_paths(config)
+
+
 def test_zero3_always_gathers_the_weights_that_it_saves(caplog):
     """Without it DeepSpeed writes shards that no `from_pretrained` reads, and transformers only warns."""
     given = {"zero_optimization": {"stage": 3, "overlap_comm": True}}
