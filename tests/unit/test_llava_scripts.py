@@ -59,6 +59,7 @@ OTHER_DEFAULTS = {
     "mm_vision_select_layer": None,  # the projector's own choice: -2 where it reads one layer
     "mm_projector_type": None,  # linear, or the projector of a saved model
     "mm_patch_merge_type": None,  # flat, or as a saved model has it
+    "mm_use_im_start_end": None,  # False, or as a saved model has it
 }
 LLAVA_FLAGS = [name for defaults in LLAVA_DEFAULTS.values() for name in defaults]
 
