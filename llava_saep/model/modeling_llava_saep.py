@@ -23,6 +23,7 @@ from llava_saep.data.images import ImageSize
 from llava_saep.errors import UserError
 from llava_saep.model.anyres import merge_all
 from llava_saep.model.configuration_llava_saep import LlavaSaepConfig
+from llava_saep.model.language_model_head import LanguageModelHead
 from llava_saep.model.llava_generation import LlavaStyleGeneration
 from llava_saep.model.projector_selection import selection_from_config
 from llava_saep.model.quantization import QuantizationConfig
@@ -178,7 +179,7 @@ class LlavaSaepForConditionalGeneration(LlavaStyleGeneration, LlavaSaepPreTraine
     def __init__(self, config: LlavaSaepConfig):
         LlavaPreTrainedModel.__init__(self, config)
         self.model = LlavaSaepModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = LanguageModelHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
@@ -193,6 +194,11 @@ class LlavaSaepForConditionalGeneration(LlavaStyleGeneration, LlavaSaepPreTraine
                 "without quantisation and save that, or use `llava-saep convert`"
             )
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Put another head in place, as the library does when it changes the vocabulary's size."""
+        is_head = isinstance(new_embeddings, LanguageModelHead)
+        self.lm_head = new_embeddings if is_head else LanguageModelHead.like(new_embeddings)
 
     def get_image_features(
         self, pixel_values: Tensor | Sequence[Tensor], image_sizes: Tensor | None = None, **kwargs
@@ -242,9 +248,9 @@ class LlavaSaepForConditionalGeneration(LlavaStyleGeneration, LlavaSaepPreTraine
             loss = self._supervised_loss(outputs.last_hidden_state, labels, num_items_in_batch)
         else:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self._logits(outputs.last_hidden_state[:, keep])
+            logits = self.lm_head(outputs.last_hidden_state[:, keep], softcap=self._softcap)
             if labels is not None:
-                loss = _token_loss(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), num_items_in_batch)
+                loss = _logits_loss(logits, labels, num_items_in_batch)
         return LlavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -254,23 +260,32 @@ class LlavaSaepForConditionalGeneration(LlavaStyleGeneration, LlavaSaepPreTraine
             image_hidden_states=outputs.image_hidden_states,
         )
 
-    def _logits(self, hidden_states: Tensor) -> Tensor:
-        logits = self.lm_head(hidden_states)
-        softcap = getattr(self.config.text_config, "final_logit_softcapping", None)  # Gemma 2
-        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+    @property
+    def _softcap(self) -> float | None:
+        return getattr(self.config.text_config, "final_logit_softcapping", None)  # Gemma 2
 
     def _supervised_loss(self, hidden_states: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
+        """Apply the head where there is a target, some positions at a time.
+
+        A batch without a single target gives 0, not NaN, and keeps the head in the graph.
+        """
         targets = labels[:, 1:]
         is_target = targets != IGNORE_INDEX
-        return _token_loss(self._logits(hidden_states[:, :-1][is_target]), targets[is_target], num_items)
+        total = self.lm_head(hidden_states[:, :-1][is_target], targets[is_target], softcap=self._softcap)
+        return total / _num_targets(targets, num_items)
 
 
-def _token_loss(logits: Tensor, targets: Tensor, num_items: Tensor | int | None) -> Tensor:
-    """Cross-entropy in float32 summed over targets and divided by `num_items`, or by their number when None.
+def _logits_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
+    """Cross-entropy in float32 of logits (batch, length, vocabulary), the prediction of each position's next label."""
+    targets = labels[:, 1:]
+    total = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+    return total / _num_targets(targets, num_items)
 
-    A batch without a single target gives 0, not NaN, and keeps the head in the graph.
-    """
-    total = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+
+def _num_targets(targets: Tensor, num_items: Tensor | int | None) -> Tensor:
+    """What a summed loss is divided by: `num_items`, or the number of targets when None; at least 1."""
     if num_items is None:
         num_items = (targets != IGNORE_INDEX).sum()
-    return total / torch.as_tensor(num_items, device=total.device).clamp(min=1)
+    return torch.as_tensor(num_items, device=targets.device).clamp(min=1)

@@ -344,3 +344,14 @@ def test_stored_config_cannot_run_code_by_itself(bases, tokenizer, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="trust_projector_code"):
         load_model(tmp_path)
+
+
+def test_loss_survives_another_vocabulary_size(bases, tokenizer):
+    """transformers puts a plain linear layer in the head's place; the loss needs our own."""
+    model = build(bases, tokenizer)
+    model.resize_token_embeddings(model.config.text_config.vocab_size + 3)
+    input_ids = torch.tensor([[1, 5, 6, 7]])
+    loss = model.train()(input_ids=input_ids, labels=input_ids).loss
+    logits = model.eval()(input_ids=input_ids).logits
+    assert logits.shape[-1] == model.lm_head.weight.shape[0] == model.config.text_config.vocab_size
+    torch.testing.assert_close(loss, F.cross_entropy(logits[0, :-1], input_ids[0, 1:]), rtol=1e-5, atol=1e-6)
