@@ -37,6 +37,7 @@ from llava_saep.data.records import (
     NO_SUPERVISED_TOKEN,
     NOT_A_CAPTION,
     REFUSED_BY_TEMPLATE,
+    UNKNOWN_TOKEN,
     UNREADABLE_IMAGE,
     BadSampleError,
     Record,
@@ -86,6 +87,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         apply_exif_orientation: bool = False,
         on_bad_sample: OnBadSample = "error",
         use_im_start_end: bool = False,
+        vocab_size: int | None = None,
     ) -> None:
         """
         Args:
@@ -97,6 +99,8 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
             image_grid_pinpoints: with aspect ratio "anyres", what an image may be brought to before it is cut.
             num_anyres_tokens: with "anyres", tokens of an image by its size and that of one crop.
             apply_exif_orientation: turn images as their EXIF tags say. LLaVA does not.
+            use_im_start_end: images stand between "<im_start>" and "<im_end>".
+            vocab_size: rows of the language model's embedding; a sample with another token cannot be used. None: any.
             on_bad_sample: "error" raises at the first sample that cannot be used, "skip" goes on without it.
         Raises:
             UserError: the file cannot be read, an option is unknown, no sample can be used, or (with "error") a
@@ -118,6 +122,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         self.image_token_id = image_token_id
         self.max_length = max_length
         self.on_bad_sample = on_bad_sample
+        self.vocab_size = vocab_size
         self.image_size = processed_image_size(image_processor)
         height, width = self.image_size
         self.num_tokens_per_image = num_image_tokens(PatchGrid(height // patch_size, width // patch_size))
@@ -288,9 +293,10 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         """Tokenise and cut to max_length -> (encoded, how many of the record's images are left).
 
         Raises:
-            BadSampleError: the cut goes through an image, or leaves nothing to learn.
+            BadSampleError: the cut goes through an image, or leaves nothing to learn; or a token has no embedding.
         """
         encoded = self._encode_whole(record)
+        self._check_vocabulary(record, encoded)
         num_tokens = len(encoded.input_ids)
         for start, end in encoded.image_spans:
             if start < self.max_length < end:
@@ -308,6 +314,19 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
                 f"has no token to learn among its first {self.max_length} of {num_tokens}; raise --model_max_length",
             )
         return encoded, sum(end <= self.max_length for _, end in encoded.image_spans)
+
+    def _check_vocabulary(self, record: Record, encoded: Encoded) -> None:
+        """Raise a BadSampleError where the text holds a token that the tokenizer has beyond the embedding's rows."""
+        if self.vocab_size is None:
+            return
+        for token_id in encoded.input_ids:
+            if token_id >= self.vocab_size and token_id != self.image_token_id:
+                raise bad_sample(
+                    record.source,
+                    UNKNOWN_TOKEN,
+                    f"holds the token {self.tokenizer.convert_ids_to_tokens(token_id)!r} with id {token_id}, but the "
+                    f"language model's embedding has {self.vocab_size} rows; the tokenizer is not this model's",
+                )
 
     def _encode_whole(self, record: Record) -> Encoded:
         return encode_segments(

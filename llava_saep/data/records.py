@@ -30,6 +30,7 @@ MISSING_IMAGE = "missing image"
 UNREADABLE_IMAGE = "unreadable image"
 IMAGE_CUT = "image cut by max_length"
 NO_SUPERVISED_TOKEN = "no supervised token"
+UNKNOWN_TOKEN = "token without an embedding"
 
 CAUSES = (
     MALFORMED,
@@ -42,6 +43,7 @@ CAUSES = (
     UNREADABLE_IMAGE,
     IMAGE_CUT,
     NO_SUPERVISED_TOKEN,
+    UNKNOWN_TOKEN,
 )
 """Why a sample cannot be used; skipped samples are counted under these names."""
 

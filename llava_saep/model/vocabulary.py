@@ -35,6 +35,27 @@ def add_special_tokens(tokenizer: Any, tokens: Sequence[str]) -> tuple[int, ...]
     return tuple(tokenizer.convert_tokens_to_ids(lacking))
 
 
+def check_special_tokens(tokenizer: Any, num_rows: int) -> None:
+    """Refuse a tokenizer whose pad, bos or eos token has no row in the embedding, before a run trips over it.
+
+    Raises:
+        UserError: names token, id and rows; or there is nothing to pad with.
+    """
+    if tokenizer.pad_token_id is None:
+        raise UserError(
+            "the tokenizer names no pad, unk or eos token, so batches cannot be padded; name one in its "
+            'tokenizer_config.json ("pad_token")'
+        )
+    for kind in ("pad", "bos", "eos"):
+        token, token_id = getattr(tokenizer, f"{kind}_token"), getattr(tokenizer, f"{kind}_token_id")
+        if token_id is not None and not 0 <= token_id < num_rows:
+            raise UserError(
+                f"the tokenizer's {kind} token {token!r} has id {token_id}, but the language model's embedding has "
+                f"{num_rows} rows; name another one in tokenizer_config.json ({kind}_token), or take the language "
+                "model that this tokenizer was made for"
+            )
+
+
 def with_room_for(text_config: PreTrainedConfig, token_ids: Sequence[int]) -> PreTrainedConfig:
     """Return the config of the same language model, with at least as many rows as these tokens need."""
     grown = copy.deepcopy(text_config)

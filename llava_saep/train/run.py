@@ -37,7 +37,7 @@ from llava_saep.model.projector_selection import remember_selection, selection_f
 from llava_saep.model.quantization import QuantizationConfig, quantize_language_model
 from llava_saep.model.reading import read_image_processor
 from llava_saep.model.vision_tower import unused_tower_parameters
-from llava_saep.model.vocabulary import START_END_TOKENS, add_special_tokens, with_room_for
+from llava_saep.model.vocabulary import START_END_TOKENS, add_special_tokens, check_special_tokens, with_room_for
 from llava_saep.train import checkpointing, distributed
 from llava_saep.train.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from llava_saep.train.lora import add_lora
@@ -266,10 +266,11 @@ def plan_model(config: RunConfig) -> tuple[LlavaSaepProcessor, LlavaSaepConfig]:
     """Make processor and config from the parts' configs, before any weights are read or ranks wait for each other.
 
     Raises:
-        UserError, ProjectorError: a part cannot be read, the projector cannot work between them, or the weights that
-            it shall start from are not its own.
+        UserError, ProjectorError: a part cannot be read, the projector cannot work between them, the weights that it
+            shall start from are not its own, or the tokenizer is not the language model's.
     """
     processor, model_config = _plan(config)
+    check_special_tokens(processor.tokenizer, model_config.text_config.vocab_size)
     processor.apply_exif_orientation = config.data.apply_exif_orientation
     _check_named_layers(config.model, model_config)
     _warn_about_absent_tokens(config.data, model_config)
@@ -435,6 +436,7 @@ def build_dataset(
         apply_exif_orientation=config.apply_exif_orientation,
         on_bad_sample=config.on_bad_sample,
         use_im_start_end=model_config.mm_use_im_start_end,
+        vocab_size=model_config.text_config.vocab_size,
     )
 
 

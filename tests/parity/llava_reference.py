@@ -5,16 +5,33 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-REFERENCE_FOLDER = Path(os.environ.get("LLAVA_SAEP_GOLDEN") or Path(__file__).parents[1] / "golden") / "llava"
+_DEFAULT = Path(__file__).parents[1] / "golden"
+
+
+def _reference_folder() -> Path:
+    """The folder that LLAVA_SAEP_GOLDEN names, or `llava` in it; the default where that is of the projectors alone."""
+    named = Path(os.environ.get("LLAVA_SAEP_GOLDEN") or _DEFAULT)
+    candidates = (named / "llava", named, _DEFAULT / "llava")
+    return next(folder for folder in candidates if (folder / "multimodal_merge.json").is_file())
+
+
+REFERENCE_FOLDER = _reference_folder()
 
 
 def read_json(name: str) -> Any:
     return json.loads((REFERENCE_FOLDER / name).read_text(encoding="utf-8"))
+
+
+def original_name(name: str) -> str:
+    """What the original calls a parameter of ours."""
+    name = re.sub(r"^model\.language_model\.", "model.", name)
+    return re.sub(r"^model\.multi_modal_projector\.mlp\.", "model.mm_projector.", name)
 
 
 def read_json_lines(name: str) -> list[Any]:

@@ -6,8 +6,6 @@ The cases are found in the reference folder (LLAVA_SAEP_GOLDEN, shared layout), 
 import hashlib
 import json
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +25,8 @@ from llava_saep.data.images import (
     select_tile_grid,
 )
 
-GOLDEN = Path(os.environ.get("LLAVA_SAEP_GOLDEN") or Path(__file__).parents[1] / "golden") / "llava"
+from .llava_reference import REFERENCE_FOLDER as GOLDEN
+
 REFERENCE = json.loads((GOLDEN / "image_processing.json").read_text())
 CASES = REFERENCE["cases"]
 KEY = ("file", "size", "image_aspect_ratio", "convert_rgb")

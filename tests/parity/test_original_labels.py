@@ -5,6 +5,7 @@ deviates by a rule that has its row: `REFUSALS` for what ours does not train on,
 labels otherwise. Rules look at what a line and its record hold and never at the record's name.
 """
 
+import copy
 import hashlib
 import json
 
@@ -18,6 +19,7 @@ from llava_saep.data.conversation import Turn, segments_text
 from llava_saep.data.records import BadSampleError, parse_record
 from llava_saep.data.templates import conversation_template
 from llava_saep.data.tokenization import encode_prompt, encode_segments
+from llava_saep.model.parts import complete_tokenizer
 
 from .llava_reference import read_json, read_json_lines, tokenizer
 
@@ -52,6 +54,17 @@ def test_ids_with_images_equal_llavas(name, text, expected):
 def test_ids_of_text_equal_llavas(name, text, expected):
     """ "<image>" is text here, as in a record without images."""
     assert encode_prompt(text, tokenizer(name), None, IMAGE_TOKEN_INDEX) == expected
+
+
+@pytest.mark.parametrize("name", TOKENIZER_IDS["tokenizers"])
+def test_special_ids_and_texts_of_answers_equal_llavas(name):
+    """transformers' fast tokenizers keep a space at the front that the slow ones drop; answers are stripped anyway."""
+    expected, ours = TOKENIZER_IDS["tokenizers"][name], complete_tokenizer(copy.deepcopy(tokenizer(name)))
+    for kind in ("bos", "eos", "unk", "pad"):
+        assert getattr(ours, f"{kind}_token_id") == expected[kind]
+    assert len(tokenizer(name)) == expected["n"]
+    for ids, text in zip(expected["encode"], expected["decode_skip"], strict=True):
+        assert ours.decode(ids, skip_special_tokens=True).strip() == text.strip()
 
 
 # Labels

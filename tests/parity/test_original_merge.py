@@ -8,9 +8,7 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +23,9 @@ from llava_saep.model.processing_llava_saep import pad_rows
 from llava_saep.model.vision_tower import read_patch_features
 from projectors import select_projector
 
-GOLDEN = Path(os.environ.get("LLAVA_SAEP_GOLDEN") or Path(__file__).parents[1] / "golden") / "llava"
+from .llava_reference import REFERENCE_FOLDER as GOLDEN
+from .llava_reference import original_name
+
 CHECKPOINTS = GOLDEN / "checkpoints"
 REFERENCE = json.loads((GOLDEN / "multimodal_merge.json").read_text())
 CASES = {case["name"]: case for case in REFERENCE["cases"]}
@@ -224,6 +224,9 @@ def test_merged_embeddings_logits_and_loss_equal_the_originals(configured, tenso
         torch.testing.assert_close(seen[0][real], stored["inputs_embeds"][real], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(output.logits.logsumexp(-1)[real], stored["logits_lse"][real], atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(output.logits[..., ::97][real], stored["logits_cols"][real], atol=TOLERANCE, rtol=0)
+    assert list(output.logits.shape) == case["logits_shape"] and list(seen[0].shape) == case["embeds_shape"]
+    likeliest = output.logits.gather(-1, torch.tensor(case["argmax"])[..., None])[..., 0]
+    assert (likeliest[real] > output.logits.amax(-1)[real] - 2 * TOLERANCE).all()
     if case.get("labels"):
         # All labels cut off: NaN in the original; ours is 0, which teaches nothing and breaks nothing.
         expected = 0.0 if case["loss"] == "nan" else case["loss"]
@@ -326,12 +329,6 @@ def test_features_of_tower_and_projector_equal_the_originals(models, tensors, tm
     assert checked
 
 
-def original_name(name):
-    """What the original calls a parameter of ours."""
-    name = re.sub(r"^model\.language_model\.", "model.", name)
-    return re.sub(r"^model\.multi_modal_projector\.mlp\.", "model.mm_projector.", name)
-
-
 @pytest.mark.parametrize("stage", REFERENCE["train"])
 def test_losses_and_gradients_of_training_equal_the_originals(tensors, stage, tmp_path):
     expected = REFERENCE["train"][stage]
@@ -341,6 +338,7 @@ def test_losses_and_gradients_of_training_equal_the_originals(tensors, stage, tm
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(original_name(name) in expected["first_step_param_grad_norms"])
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert expected["trainable_without_grad"] == []  # else the norms would leave some out
     optimizer = torch.optim.AdamW(trained.values(), lr=rate, weight_decay=decay)
     batch = make_batch(model, case, tensors)
     for step, (loss_then, norm_then) in enumerate(expected["loss_and_gradnorm"]):

@@ -202,6 +202,16 @@ def test_batch_padded_on_either_side_gives_each_row_its_answer_alone(loaded, ima
         assert together.tolist() == alone
 
 
+def test_rows_that_images_lengthen_unequally_need_no_mask(loaded, images):
+    """LLaVA pads them, and without a mask attends to the padding."""
+    tokenizer, model, image_processor, _ = loaded
+    pixels = process_images(images, image_processor, model.config)
+    rows = [[1, -200, 5, -200, 7], [1, 6, -200, 8, 9], [1, 6, 7, 8, 9]]
+    shown = [pixels[:2], pixels[2:], None]
+    alone = [generated(model, torch.tensor([row]), images=own).tolist() for row, own in zip(rows, shown, strict=True)]
+    assert [[row] for row in generated(model, torch.tensor(rows), images=pixels).tolist()] == alone
+
+
 def test_images_as_a_list_or_stacked_are_the_same(loaded, images):
     tokenizer, model, image_processor, _ = loaded
     pixels = process_images(images[:1], image_processor, model.config)

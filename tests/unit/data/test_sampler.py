@@ -7,7 +7,7 @@ from llava_saep.data.sampler import LengthGroupedSampler, length_grouped_indices
 
 from .conftest import read_golden
 
-CASES = read_golden("sampler.json")["sampler"]
+CASES = read_golden("sampler_and_stopping.json")["sampler"]
 
 
 def _seeded(seed):

@@ -3,12 +3,14 @@
 import random
 
 import pytest
+from transformers import AutoTokenizer
 
 from llava_saep.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_saep.data.conversation import Segment, Turn, segments_text
 from llava_saep.data.templates import TEMPLATE_NAMES, conversation_template
 from llava_saep.data.tokenization import count_text_tokens, encode_prompt, encode_segments, sentence_targets
 from llava_saep.errors import UserError
+from tests.fixtures.tiny import write_tokenizer
 
 from .conftest import llama_tokenizer, read_golden
 
@@ -60,6 +62,17 @@ def test_targets_decode_to_the_answer_with_its_end(tokenizers, name, tokenizer_n
         labels = encode_segments(segments, tokenizer, [], IMAGE_TOKEN_INDEX).labels
         targets = [label for label in labels if label != IGNORE_INDEX]
         assert tokenizer.decode(targets) == f"{answer}{end}"
+
+
+def test_a_vocabulary_whose_user_is_one_piece_keeps_every_label(tmp_path):
+    """LLaVA's arithmetic is right for LLaMA's vocabulary, where it is two, and masks whole conversations for others."""
+    tokenizer = AutoTokenizer.from_pretrained(write_tokenizer(tmp_path))
+    assert "\u2581USER" in tokenizer.get_vocab()
+    answers = ["The triangle is yellow.", "hello there", "a red square"]
+    turns = [turn for answer in answers for turn in (Turn("user", "Which colour?"), Turn("assistant", answer))]
+    labels = encode_segments(conversation_template("v1").render(turns), tokenizer, [], IMAGE_TOKEN_INDEX).labels
+    targets = tokenizer.decode([label for label in labels if label != IGNORE_INDEX])
+    assert [text.strip() for text in targets.split("</s>")] == [*answers, ""]
 
 
 def test_an_image_takes_its_count_of_ignored_positions(tokenizer):
