@@ -27,6 +27,7 @@ from llava_saep.data.templates import TEMPLATE_NAMES, check_template_name
 from llava_saep.errors import UserError
 from llava_saep.model.anyres import PatchMergeType
 from llava_saep.model.quantization import QuantizationConfig, require_bitsandbytes
+from llava_saep.model.segment_attention import SEGMENTS
 from llava_saep.train.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainablePart, TrainingConfig
 from llava_saep.train.saving import output_kind
 from projectors import (
@@ -101,7 +102,11 @@ class ModelArguments:
         },
     )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "eager, sdpa, flash_attention_2, flex_attention; None: transformers chooses"}
+        default=None,
+        metadata={
+            "help": "segments (each conversation by itself, no padding), sdpa, eager, flex_attention, "
+            "flash_attention_2; None: segments where the language model can"
+        },
     )
 
 
@@ -126,6 +131,10 @@ class DataArguments:
     )
     on_bad_sample: Literal["error", "skip"] = field(
         default="error", metadata={"help": "a record that cannot be used stops the run, or is counted and skipped"}
+    )
+    packing: bool = field(
+        default=False,
+        metadata={"help": "several whole conversations in one row of at most --model_max_length tokens"},
     )
     lazy_preprocess: bool = field(default=False, metadata={"help": "accepted for LLaVA's scripts; always lazy"})
     is_multimodal: bool = field(default=False, metadata={"help": "accepted for LLaVA's scripts; no effect"})
@@ -166,7 +175,15 @@ class TrainingArguments(transformers.TrainingArguments):
     )
 
 
-ATTENTION_NAMES = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+ATTENTION_NAMES = (
+    SEGMENTS,
+    "eager",
+    "sdpa",
+    "flex_attention",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flash_attention_4",
+)
 """What `--attn_implementation` takes, beside kernels of the hub ("owner/name")."""
 
 _AT_LEAST_ONE = "per_device_train_batch_size gradient_accumulation_steps model_max_length lora_r lora_alpha".split()
@@ -432,10 +449,20 @@ def _warn_without_effect(flags: argparse.Namespace) -> None:
         ignored.append("--image_grid_pinpoints (for --image_aspect_ratio anyres)")
     if flags.bits != 4 and (flags.quant_type != "nf4" or not flags.double_quant):
         ignored.append("--quant_type and --double_quant (for --bits 4)")
+    if flags.packing and _grouping(flags) is not None:
+        ignored.append(f"{_grouping(flags)} (--packing True fills rows by length already)")
     if flags.lora_weight_path:
         ignored.append("--lora_weight_path (nor has it in LLaVA)")
     if ignored:
         logger.warning("flags without effect: %s", ", ".join(ignored))
+
+
+def _grouping(flags: argparse.Namespace) -> str | None:
+    """Return the flag that asks for batches of like lengths, as it was given."""
+    if flags.group_by_modality_length:
+        return "--group_by_modality_length True"
+    strategy = flags.train_sampling_strategy
+    return None if strategy in ("random", "sequential") else f"--train_sampling_strategy {strategy}"
 
 
 def _require(flags: argparse.Namespace, name: str, meaning: str) -> str:
@@ -564,6 +591,7 @@ def _data_config(flags: argparse.Namespace) -> DataConfig:
         conversation_template=_template_name(flags.version),
         max_length=flags.model_max_length,
         on_bad_sample=flags.on_bad_sample,
+        packing=flags.packing,
     )
 
 
@@ -612,6 +640,8 @@ def _trainer_arguments(flags: argparse.Namespace) -> Mapping[str, Any]:
     }
     if flags.gradient_checkpointing is not None and flags.activation_checkpointing is None:
         values["activation_checkpointing"] = flags.gradient_checkpointing
+    if flags.packing and _grouping(flags) is not None:
+        values.pop("train_sampling_strategy", None)
     return values
 
 
@@ -631,7 +661,7 @@ def _training_config(flags: argparse.Namespace) -> TrainingConfig:
         trainable=trainable,
         lora=lora,
         projector_learning_rate=flags.mm_projector_lr,
-        group_by_modality_length=flags.group_by_modality_length,
+        group_by_modality_length=flags.group_by_modality_length and not flags.packing,
         save_total_limit=flags.save_total_limit,
         resume=flags.resume,
         trainer_arguments=_trainer_arguments(flags),

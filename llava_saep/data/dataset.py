@@ -150,13 +150,28 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} of a data set with {len(self)} samples")
         for offset in range(len(self)):
-            try:
-                return self.load_sample((index + offset) % len(self))
-            except BadSampleError as error:
-                if self.on_bad_sample == "error":
-                    raise
-                self._count_skip(error)
-        raise UserError(f"{self.data_path}: no sample can be used; {_describe_counts(self.skipped)}")
+            sample = self.load_or_skip((index + offset) % len(self))
+            if sample is not None:
+                return sample
+        raise self.nothing_usable()
+
+    def load_or_skip(self, index: int) -> dict[str, Tensor] | None:
+        """Return the sample at `index`; None where it cannot be used and on_bad_sample is "skip", which counts it.
+
+        Raises:
+            BadSampleError: it cannot be used and on_bad_sample is "error".
+        """
+        try:
+            return self.load_sample(index)
+        except BadSampleError as error:
+            if self.on_bad_sample == "error":
+                raise
+            self._count_skip(error)
+            return None
+
+    def nothing_usable(self) -> UserError:
+        """Say that no sample can be used, and why, by cause."""
+        return UserError(f"{self.data_path}: no sample can be used; {_describe_counts(self.skipped)}")
 
     def load_sample(self, index: int) -> dict[str, Tensor]:
         """Return the sample at `index` itself, whatever on_bad_sample says.
@@ -224,7 +239,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
                 errors.append(error)
         self._report_bad_records(errors)
         if not usable:
-            raise UserError(f"{self.data_path}: no sample can be used; {_describe_counts(self.skipped)}")
+            raise self.nothing_usable()
         return usable
 
     def _report_bad_records(self, errors: list[BadSampleError]) -> None:

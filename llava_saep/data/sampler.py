@@ -127,5 +127,17 @@ def deal_evenly(indices: Sequence[int], lengths: Sequence[int], num_batches: int
     return batches
 
 
+def padding_share(lengths: Sequence[int], batch_size: int) -> float:
+    """Return which share of all positions is padding when batches are padded to their longest row, in [0, 1).
+
+    Args:
+        lengths: tokens of each row, in the order of training.
+        batch_size: rows per device and forward pass.
+    """
+    batches = _runs(list(lengths), batch_size)
+    num_positions = sum(max(batch) * len(batch) for batch in batches)
+    return 1 - sum(lengths) / num_positions
+
+
 def _runs(items: list[int], size: int) -> list[list[int]]:
     return [items[start : start + size] for start in range(0, len(items), size)]

@@ -36,7 +36,7 @@ class ModelConfig:
         image_grid_pinpoints: sizes that an image may be brought to before it is cut; (): a saved model's, or
             LLaVA-1.6's arrangements of the tower's input.
         use_im_start_end: `--mm_use_im_start_end`; None: as a saved model does, else not.
-        attn_implementation: None lets transformers choose.
+        attn_implementation: of the language model; None: segment by segment where it can, else as transformers chooses.
         quantization: how the language model, which is then frozen, is rounded; None: not at all.
     """
 
@@ -62,6 +62,7 @@ class DataConfig:
         conversation_template: a name of `llava_saep.data.templates`.
         apply_exif_orientation: turn images as their EXIF tags say; LLaVA does not.
         max_length: tokens of one sample, image tokens included; what is longer is cut.
+        packing: several whole conversations share a row of at most `max_length` tokens.
     """
 
     data_path: str
@@ -71,6 +72,7 @@ class DataConfig:
     conversation_template: str = "v1"
     max_length: int = 512
     on_bad_sample: Literal["error", "skip"] = "error"
+    packing: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,8 @@ from transformers import TrainingArguments
 from llava_saep.data.collator import ConversationCollator
 from llava_saep.data.dataset import ConversationDataset
 from llava_saep.data.images import ImageProcessor, default_grid_pinpoints, parse_grid_pinpoints, processed_image_size
+from llava_saep.data.packing import PackedDataset, plan_rows
+from llava_saep.data.sampler import padding_share
 from llava_saep.data.templates import conversation_template
 from llava_saep.errors import UserError
 from llava_saep.model import LlavaSaepConfig, LlavaSaepProcessor
@@ -39,10 +41,11 @@ from llava_saep.model.reading import read_image_processor
 from llava_saep.model.vision_tower import unused_tower_parameters
 from llava_saep.model.vocabulary import START_END_TOKENS, add_special_tokens, check_special_tokens, with_room_for
 from llava_saep.train import checkpointing, distributed
+from llava_saep.train.attention import check_attention, choose_attention, library_attention
 from llava_saep.train.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from llava_saep.train.lora import add_lora
 from llava_saep.train.trainable import set_trainable, trainable_table
-from llava_saep.train.trainer import LlavaTrainer
+from llava_saep.train.trainer import LlavaTrainer, order_seed
 from projectors import ProjectorError
 
 logger = logging.getLogger(__name__)
@@ -69,11 +72,16 @@ def train(config: RunConfig) -> None:
         check_paths(config)
         processor, model_config = plan_model(config)
         arguments = start(config.training)
+        check_attention(config.model.attn_implementation, on_accelerator=arguments.device.type != "cpu")
         checkpoint = choose_checkpoint(config.training)
         dataset = build_dataset(config.data, processor, model_config)
         model = load_weights(config.model, model_config, arguments)
+        padding_free = choose_attention(
+            model.model.language_model, config.model.attn_implementation, packing=config.data.packing
+        )
         model = choose_trainable(model, config.training, arguments)
-        trainer = make_trainer(model, processor, dataset, config, arguments)
+        rows = pack(dataset, arguments, padding_free=padding_free) if config.data.packing else dataset
+        trainer = make_trainer(model, processor, rows, config, arguments, padding_free=padding_free)
         run_loop(trainer, checkpoint)
         save_result(trainer)
 
@@ -471,7 +479,7 @@ def load_weights(model: ModelConfig, model_config: LlavaSaepConfig, arguments: T
         mm_use_im_start_end=model_config.mm_use_im_start_end,
         added_token_ids=model_config.added_token_ids or (),
         dtype=dtype,
-        attn_implementation=model.attn_implementation,
+        attn_implementation=library_attention(model.attn_implementation),
     )
     # One dtype for all: ZeRO-3 fails on a float32 projector in a bf16 model.
     built.model.multi_modal_projector.to(dtype)
@@ -523,12 +531,26 @@ def choose_trainable(model: nn.Module, config: TrainingConfig, arguments: Traini
 # The loop
 
 
+def pack(dataset: ConversationDataset, arguments: TrainingArguments, *, padding_free: bool) -> PackedDataset:
+    """Plan the rows of `--packing`, the same on every rank, and say what is planned."""
+    plan = plan_rows(dataset.lengths, capacity=dataset.max_length, seed=order_seed(arguments))
+    batch_size = arguments.per_device_train_batch_size
+    in_random_order = torch.randperm(len(plan.rows), generator=torch.Generator().manual_seed(arguments.seed)).tolist()
+    waste = 0.0 if padding_free else padding_share([plan.row_lengths[row] for row in in_random_order], batch_size)
+    logger.info("packing: %s; %.1f%% of all positions will be padding", plan, 100 * waste)
+    per_batch = batch_size * len(plan.lengths) / len(plan.rows)
+    logger.info("--per_device_train_batch_size %d counts rows: about %.1f conversations", batch_size, per_batch)
+    return PackedDataset(dataset, plan)
+
+
 def make_trainer(
     model: nn.Module,
     processor: LlavaSaepProcessor,
-    dataset: ConversationDataset,
+    dataset: ConversationDataset | PackedDataset,
     config: RunConfig,
     arguments: TrainingArguments,
+    *,
+    padding_free: bool,
 ) -> LlavaTrainer:
     """Join model, data and arguments."""
     collator = ConversationCollator(
@@ -536,6 +558,7 @@ def make_trainer(
         image_size=dataset.image_size,
         max_length=config.data.max_length,
         cuts_images=config.data.image_aspect_ratio == "anyres",
+        padding_free=padding_free,
     )
     for target in (model.config.get_text_config(), model.generation_config):
         target.pad_token_id = processor.tokenizer.pad_token_id  # the Trainer would, with a warning

@@ -1,7 +1,8 @@
 """The smallest subclass of transformers' Trainer that trains this project's models.
 
-It changes four things: the order of samples, the optimizer's groups, what is written, and when a checkpoint counts as
-complete. The loop, the loss over the tokens of a whole optimizer step, logging and schedules are the library's.
+It changes five things: the order of samples, what is counted, the optimizer's groups, what is written, and when a
+checkpoint counts as complete. The loop, the loss over the tokens of a whole optimizer step, logging and schedules are
+the library's.
 """
 
 from __future__ import annotations
@@ -14,18 +15,24 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
-from llava_saep.data.sampler import LengthGroupedSampler
+from llava_saep.data.sampler import LengthGroupedSampler, padding_share
 from llava_saep.errors import UserError
 from llava_saep.model.loading import load_projector_weights, read_weights_file
 from llava_saep.train import checkpointing, saving
 from llava_saep.train.config import TrainingConfig
 from llava_saep.train.distributed import barrier
 from llava_saep.train.optimizer import parameter_groups
+from llava_saep.train.throughput import Throughput
 
 logger = logging.getLogger(__name__)
+
+
+def order_seed(arguments: TrainingArguments) -> int:
+    """Return the seed that decides the order of samples: `--data_seed`, else `--seed`."""
+    return arguments.seed if arguments.data_seed is None else arguments.data_seed
 
 
 class LlavaTrainer(Trainer):
@@ -40,6 +47,7 @@ class LlavaTrainer(Trainer):
         assert kwargs["args"].save_total_limit is None
         super().__init__(**kwargs)
         self.config = config
+        self.throughput = Throughput(self.base_model.config.image_token_id)
         self.output_kind = saving.output_kind(config.trainable)
         self._set_use_cache(self.args.use_cache)  # the library sets it on the outer config alone
 
@@ -56,13 +64,38 @@ class LlavaTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         # transformers would measure lengths by opening every image, and by the processor's first input name.
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        return LengthGroupedSampler(
+        sampler = LengthGroupedSampler(
             dataset.modality_lengths,
             batch_size=self.args.train_batch_size,
             world_size=self.args.world_size * self.args.gradient_accumulation_steps,
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            seed=order_seed(self.args),
             group_by_modality=self.config.group_by_modality_length,
         )
+        if not self.data_collator.padding_free:
+            lengths = [dataset.lengths[index] for index in sampler]
+            waste = padding_share(lengths, self.args.train_batch_size)
+            logger.info("grouped by length, %.1f%% of all positions will be padding", 100 * waste)
+        return sampler
+
+    # What is counted
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Fetch the batches of an optimizer step, as the library does, and count their tokens."""
+        self.throughput.start()
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.throughput.add(batches)
+        return batches, num_items_in_batch
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, and beside each loss of training what was learnt from since the last one; see `Throughput.report`."""
+        if "loss" in logs:
+            logs |= self.throughput.report(lambda counts: self.accelerator.reduce(counts, reduction="sum"))
+        super().log(logs, start_time)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """See `Trainer.evaluate`; its time does not count as training's."""
+        with self.throughput.paused():
+            return super().evaluate(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer that `--optim` names, over this project's parameter groups."""
@@ -133,6 +166,10 @@ class LlavaTrainer(Trainer):
         )
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        with self.throughput.paused():
+            self._save_complete_checkpoint(model, trial)
+
+    def _save_complete_checkpoint(self, model: nn.Module, trial) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and folder.exists():
             shutil.rmtree(folder)  # torn: a complete one would have been resumed from

@@ -107,6 +107,7 @@ STAGES = {
         {"lora_enable": True, "lora_r": 4, "lora_dropout": 0.0, "freeze_mm_mlp_adapter": True},
         {"language_model"},
     ),
+    "packed": ({"packing": True, "model_max_length": 256}, {"multi_modal_projector", "language_model"}),
 }
 
 
@@ -239,6 +240,9 @@ def test_users_own_projector_trains_under_zero3_and_loads_only_when_trusted(base
         ("full", None),
         ("full", 2),
         ("lora", 3),
+        ("packed", 2),
+        pytest.param("packed", None, marks=pytest.mark.slow),
+        pytest.param("packed", 3, marks=pytest.mark.slow),
         pytest.param("projector", 2, marks=pytest.mark.slow),
         pytest.param("lora", None, marks=pytest.mark.slow),
         pytest.param("full", 3, marks=pytest.mark.slow),
@@ -257,7 +261,7 @@ def test_resumed_run_equals_one_without_a_break(kind, stage, bases, conversation
         whole,
         **flags,
         **deepspeed,
-        per_device_train_batch_size=2,  # 12 samples: step 2 is in the middle of an epoch
+        per_device_train_batch_size=1 if kind == "packed" else 2,  # 12 samples, 6 rows: step 2 is within an epoch
         save_strategy="steps",
         save_steps=2,
         group_by_modality_length=kind == "full",
@@ -366,6 +370,7 @@ def test_missing_image_is_found_before_any_training(bases, tmp_path):
         ("pretrain_mm_mlp_adapter", "absent/mm_projector.bin", "no projector weights at absent"),
         ("model_name_or_path", "absent_model", "--model_name_or_path 'absent_model'"),
         ("fp16", "True", "needs a GPU"),
+        ("attn_implementation", "flex_attention", "this run is on CPU; use segments or sdpa"),
         ("resume", "absent/checkpoint-3", "no such folder"),
     ],
 )

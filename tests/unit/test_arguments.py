@@ -56,8 +56,8 @@ def test_own_flags_change_only_on_purpose():
         "is_multimodal lazy_preprocess lora_alpha lora_bias lora_dropout lora_enable lora_r lora_weight_path "
         "mm_patch_merge_type mm_projector_lr mm_projector_options mm_projector_type mm_use_im_patch_token "
         "mm_use_im_start_end mm_vision_select_feature mm_vision_select_layer model_max_length model_name_or_path "
-        "mpt_attn_impl on_bad_sample optim pretrain_mm_mlp_adapter quant_type remove_unused_columns report_to resume "
-        "trust_projector_code tune_mm_mlp_adapter unfreeze_mm_vision_tower version vision_tower"
+        "mpt_attn_impl on_bad_sample optim packing pretrain_mm_mlp_adapter quant_type remove_unused_columns report_to "
+        "resume trust_projector_code tune_mm_mlp_adapter unfreeze_mm_vision_tower version vision_tower"
     )
 
 
@@ -128,6 +128,22 @@ def test_translation_leaves_other_arguments_alone():
 def test_transformers_resume_flag_means_ours(value, resume):
     config = parse_arguments([*REQUIRED, "--resume_from_checkpoint", value])
     assert config.training.resume == (resume or value)
+
+
+@pytest.mark.parametrize("grouping", ["--group_by_modality_length True", "--group_by_length True"])
+def test_grouping_gives_way_to_packing_with_one_warning(grouping, caplog):
+    """LLaVA's scripts group; rows are full already."""
+    with caplog.at_level(logging.WARNING, "llava_saep"):
+        config = parse_arguments([*REQUIRED, "--packing", "True", *grouping.split()])
+    assert config.data.packing
+    assert not config.training.group_by_modality_length
+    assert "train_sampling_strategy" not in config.training.trainer_arguments
+    assert sum("(--packing True fills rows by length already)" in record.message for record in caplog.records) == 1
+
+
+def test_order_of_packed_rows_can_be_fixed():
+    config = parse_arguments([*REQUIRED, "--packing", "True", "--train_sampling_strategy", "sequential"])
+    assert config.training.trainer_arguments["train_sampling_strategy"] == "sequential"
 
 
 # Layers and options of the projector
@@ -281,7 +297,7 @@ def test_smallest_possible_numbers_are_taken():
 
 
 def test_unknown_attention_is_named_with_those_that_exist():
-    with pytest.raises(UserError, match="--attn_implementation foo: expected one of eager, sdpa, "):
+    with pytest.raises(UserError, match="--attn_implementation foo: expected one of segments, eager, sdpa, "):
         parse_arguments([*REQUIRED, "--attn_implementation", "foo"])
 
 
@@ -300,7 +316,7 @@ def test_flash_attention_needs_its_package_or_the_hubs_kernels(version, monkeypa
     assert parse_arguments(flags).model.attn_implementation == f"flash_attention_{version}"
 
 
-@pytest.mark.parametrize("name", ["eager", "sdpa", "flex_attention", "kernels-community/flash-attn"])
+@pytest.mark.parametrize("name", ["segments", "eager", "sdpa", "flex_attention", "kernels-community/flash-attn"])
 def test_attention_that_needs_no_package_is_taken(name):
     assert parse_arguments([*REQUIRED, "--attn_implementation", name]).model.attn_implementation == name
 

@@ -215,10 +215,12 @@ def make_own_trainer(side: Side, workload: TrainingWorkload) -> Trainer:
     model = build_own_model(
         workload.shape, selection, DTYPES[workload.dtype], torch.device(workload.device), workload.seed
     )
+    padding_free = run.choose_attention(model.model.language_model, None, packing=False)
     model = run.choose_trainable(model, training, arguments)
     num_image_tokens = projector_config_for(selection, workload.shape).num_output_tokens(workload.shape.grid)
     config = RunConfig(model=model_config, data=side.own_data, training=training)
-    return run.make_trainer(model, _Processor(), _samples(workload, num_image_tokens), config, arguments)
+    samples = _samples(workload, num_image_tokens)
+    return run.make_trainer(model, _Processor(), samples, config, arguments, padding_free=padding_free)
 
 
 def _samples(workload: TrainingWorkload, num_image_tokens: int) -> ConversationSamples:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llava_saep.constants import IGNORE_INDEX
-from llava_saep.data.collator import ConversationCollator
+from llava_saep.data.collator import ConversationCollator, count_conversations, count_padding
 
 from .conftest import read_golden
 
@@ -75,3 +75,59 @@ def test_text_only_batch_gets_one_zero_crop_where_images_are_cut():
     (stack,) = batch["pixel_values"]
     assert stack.shape == (1, 3, 8, 6) and not stack.any()
     assert batch["image_sizes"].tolist() == [[8, 6]]
+
+
+# Packed rows, and batches without padding
+
+ROWS = [[_sample([5, 6, 7], 1, 0.5), _sample([8, 9])], [_sample([1, 2, 3, 4], 2, 0.7)]]
+
+
+def test_conversations_stand_in_one_row_without_padding():
+    batch = ConversationCollator(0, (8, 6), 10, padding_free=True)(ROWS)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 1, 2, 3, 4]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 3]]
+    assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == [0, 3, 5, 9]
+    assert batch["cu_seq_lens_q"].dtype == torch.int32  # as flash attention's kernels want it
+    assert batch["max_length_q"] == batch["max_length_k"] == 4
+    assert "attention_mask" not in batch
+    assert batch["pixel_values"][:, 0, 0, 0].tolist() == pytest.approx([0.5, 0.7, 0.7])
+
+
+def test_no_label_crosses_from_one_conversation_into_the_next():
+    labels = ConversationCollator(0, (8, 6), 10, padding_free=True)(ROWS)["labels"]
+    assert labels.tolist() == [[IGNORE_INDEX, 6, 7, IGNORE_INDEX, 9, IGNORE_INDEX, 2, 3, 4]]
+    labels = ConversationCollator(0, (8, 6), 10)(ROWS)["labels"]
+    assert labels.tolist() == [[IGNORE_INDEX, 6, 7, IGNORE_INDEX, 9], [IGNORE_INDEX, 2, 3, 4, IGNORE_INDEX]]
+
+
+def test_single_conversations_need_no_padding_either():
+    batch = ConversationCollator(0, (8, 6), 10, padding_free=True)([sample for row in ROWS for sample in row])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 1, 2, 3, 4]]
+
+
+def test_packed_rows_are_padded_where_attention_wants_rows():
+    batch = ConversationCollator(0, (8, 6), 10)(ROWS)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9], [1, 2, 3, 4, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]]
+    assert "attention_mask" not in batch  # with one, transformers does not look at the positions
+
+
+def test_row_above_max_length_is_refused():
+    with pytest.raises(ValueError, match="5 tokens, more than max_length=4"):
+        ConversationCollator(0, (8, 6), 4)(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("rows", "padding_free", "num_padding"),
+    [
+        (ROWS, True, 0),
+        (ROWS, False, 1),
+        ([[*ROWS[0], *ROWS[0]], ROWS[1]], False, 6),
+        ([sample for row in ROWS for sample in row], False, 3),
+        ([sample for row in ROWS for sample in row], True, 0),
+    ],
+)
+def test_padding_and_conversations_are_counted(rows, padding_free, num_padding):
+    batch = ConversationCollator(0, (8, 6), 10, padding_free=padding_free)(rows)
+    assert count_padding(batch) == num_padding
+    assert count_conversations(batch) == (5 if num_padding == 6 else 3)
