@@ -28,6 +28,7 @@ from llava_saep.errors import UserError
 from llava_saep.model.anyres import PatchMergeType
 from llava_saep.model.quantization import QuantizationConfig, require_bitsandbytes
 from llava_saep.model.segment_attention import SEGMENTS
+from llava_saep.program import AbbreviatingParser
 from llava_saep.train.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainablePart, TrainingConfig
 from llava_saep.train.saving import output_kind
 from projectors import (
@@ -146,7 +147,9 @@ class TrainingArguments(transformers.TrainingArguments):
 
     _argument_group_name = "training"
 
-    cache_dir: str | None = field(default=None, metadata={"help": "no effect: set HF_HOME instead"})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "where models of the hub are kept, in place of HF_HOME"}
+    )
     optim: str = field(default="adamw_torch", metadata={"help": "optimizer (see transformers' OptimizerNames)"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "only False is supported"})
     report_to: str | None = field(default="none", metadata={"help": "wandb, tensorboard, ... or none"})
@@ -321,15 +324,11 @@ def translate_removed_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 # Parsing
 
 
-class _Parser(HfArgumentParser):
+class _Parser(AbbreviatingParser, HfArgumentParser):
     """Says what is wrong as a UserError, in place of a usage text of three screens."""
 
     def error(self, message: str) -> None:
         raise UserError(f"{message}. `--help` lists the flags.")
-
-    def _get_option_tuples(self, option_string: str) -> list[tuple]:
-        # What abbreviates both spellings of one flag (--lora_e: --lora_enable and --lora-enable) is not ambiguous.
-        return list({id(match[0]): match for match in super()._get_option_tuples(option_string)}.values())
 
 
 @functools.cache
@@ -441,8 +440,6 @@ def _refuse_absent_attention(name: str | None) -> None:
 
 def _warn_without_effect(flags: argparse.Namespace) -> None:
     ignored = []
-    if flags.cache_dir is not None:
-        ignored.append("--cache_dir (set HF_HOME instead)")
     if flags.mpt_attn_impl not in (None, "triton"):
         ignored.append("--mpt_attn_impl (see --attn_implementation)")
     if flags.image_grid_pinpoints and flags.image_aspect_ratio != "anyres":
@@ -562,6 +559,7 @@ def _model_config(flags: argparse.Namespace) -> ModelConfig:
         attn_implementation=flags.attn_implementation,
         trust_projector_code=flags.trust_projector_code,
         quantization=_quantization(flags),
+        hub_cache=flags.cache_dir,
     )
 
 

@@ -1,19 +1,11 @@
 """The `llava-saep` command. Each subcommand is a module that is imported only when it is asked for."""
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llava_saep.errors import UserError
-from projectors import ProjectorError
-
-EXIT_CALLERS_MISTAKE = 2
-EXIT_INTERRUPTED = 130
-"""128 + SIGINT, what a shell reports for a program that Ctrl-C ended."""
-EXIT_BROKEN_PIPE = 141
-"""128 + SIGPIPE: whoever read the output (`| head`) has seen enough."""
+from llava_saep.program import EXIT_CALLERS_MISTAKE, run_program
 
 
 @dataclass(frozen=True)
@@ -75,23 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(name: str, arguments: Sequence[str]) -> int:
     """Import the module of a subcommand and run it, turning the caller's mistakes into one message."""
-    # A projector named as package.module:Class is looked for in the working folder too, as `python -m` would.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        exit_code = importlib.import_module(COMMANDS[name].module).main(arguments)
-        sys.stdout.flush()
-        return exit_code
-    except (UserError, ProjectorError) as error:
-        print(f"llava-saep {name}: {error}", file=sys.stderr)
-        return EXIT_CALLERS_MISTAKE
-    except KeyboardInterrupt:
-        print(f"\nllava-saep {name}: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # Python flushes standard output once more at exit, which would fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
+    return run_program(
+        f"llava-saep {name}", lambda argv: importlib.import_module(COMMANDS[name].module).main(argv), arguments
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The one path from messages and images to text: used by the terminal chat, evaluation and every later front end."""
 
+import dataclasses
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,16 +12,19 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from llava_saep.constants import DEFAULT_IMAGE_TOKEN
-from llava_saep.data.conversation import Turn, between_start_and_end
+from llava_saep.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
+from llava_saep.data.conversation import Segment, Turn, between_start_and_end
 from llava_saep.data.images import processed_image_size
-from llava_saep.data.templates import AnyTemplate, conversation_template
+from llava_saep.data.templates import AnyTemplate, conversation_template, is_same_template
 from llava_saep.data.tokenization import encode_prompt
 from llava_saep.errors import UserError
-from llava_saep.model.loading import inspect_folder, load_model, load_processor
+from llava_saep.model.hub import local_folder
+from llava_saep.model.loading import base_to_name, inspect_folder, load_model, load_processor
 from llava_saep.model.modeling_llava_saep import LlavaSaepForConditionalGeneration
 from llava_saep.model.processing_llava_saep import LlavaSaepProcessor, pad_rows
 from llava_saep.model.quantization import QuantizationConfig
+
+logger = logging.getLogger(__name__)
 
 Message = dict[str, Any]
 """`{"role": "system"|"user"|"assistant", "content": str | [{"type": "text", "text"} | {"type": "image", "image"}]}`."""
@@ -86,18 +91,30 @@ def _usable_device(device: str | torch.device) -> torch.device:
         raise UserError(f"device {str(device)!r} cannot be used here: {reason}; 'cpu' always can") from error
 
 
+def _chosen_template(processor: LlavaSaepProcessor, name: str | None) -> AnyTemplate:
+    """The template that a model is asked in, with a warning where it is not its own."""
+    own = processor.conversation_template
+    if name is not None and not is_same_template(name, own):
+        logger.warning("the model's conversation template is %s; it is asked in %s", own, name)
+    return conversation_template(name or own, processor.tokenizer)
+
+
 class Predictor:
     """A loaded model with its processor, ready to answer.
 
     Args:
         model: in evaluation mode, on the device where it shall run.
-        processor: the one saved with it; its `conversation_template` renders the messages.
+        processor: the one saved with it.
+        template: name of the conversation template that renders the messages; None: the processor's, with which the
+            model was trained.
     """
 
-    def __init__(self, model: LlavaSaepForConditionalGeneration, processor: LlavaSaepProcessor):
+    def __init__(
+        self, model: LlavaSaepForConditionalGeneration, processor: LlavaSaepProcessor, *, template: str | None = None
+    ):
         self.model = model.eval()
         self.processor = processor
-        self.template: AnyTemplate = conversation_template(processor.conversation_template, processor.tokenizer)
+        self.template: AnyTemplate = _chosen_template(processor, template)
 
     @classmethod
     def from_pretrained(
@@ -108,29 +125,47 @@ class Predictor:
         dtype: torch.dtype | None = None,
         trust_projector_code: bool | None = None,
         quantization: QuantizationConfig | None = None,
+        model_base: str | None = None,
+        template: str | None = None,
     ) -> "Predictor":
-        """Load any folder that training wrote.
+        """Load any folder that training wrote, the original LLaVA's or llava-hf's too, or a model of the hub.
 
         Args:
             device: None: the first GPU where there is one, else the CPU.
             dtype: None: bfloat16 on a GPU, float32 on the CPU.
             trust_projector_code, quantization: as in `load_model`.
+            model_base: as in `load_model`; one of our own folders may be given its own base.
+            template: as for the class.
         Raises:
             UserError, ProjectorError: the device does not exist here; else see `load_model`.
         """
         device = _usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        inspect_folder(folder)  # its message says more than that of a missing processor
-        processor = load_processor(folder, trust_projector_code=trust_projector_code)
-        model = load_model(
-            folder, device=device, dtype=dtype, trust_projector_code=trust_projector_code, quantization=quantization
-        )
-        return cls(model, processor)
+        folder = local_folder(folder)
+        model_base = base_to_name(folder, model_base)
+        inspect_folder(folder, model_base=model_base)  # its message says more than that of a missing processor
+        parts = {"model_base": model_base, "trust_projector_code": trust_projector_code}
+        processor = load_processor(folder, **parts)
+        conversation_template(template or processor.conversation_template, processor.tokenizer)  # before the weights
+        model = load_model(folder, device=device, dtype=dtype, quantization=quantization, **parts)
+        return cls(model, processor, template=template)
 
     @property
     def num_image_tokens(self) -> int:
         """Tokens of one image, as the processor prepares it; of one crop, where images are cut."""
         return self.processor.num_image_tokens(*processed_image_size(self.processor.image_processor))
+
+    def fit(self, options: GenerationOptions) -> GenerationOptions:
+        """Halve an answer's limit until it leaves room for a prompt, for models with a short context."""
+        context = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        limit = options.max_new_tokens
+        while context is not None and limit > context // 2:
+            limit //= 2
+        return dataclasses.replace(options, max_new_tokens=max(limit, 1))
+
+    def prompt_text(self, messages: Sequence[Message]) -> str:
+        """The text that the model is asked to go on from, with a marker for each image; errors as `generate`."""
+        return "".join(segment.text for segment in self._segments(messages)[0])
 
     def generate(
         self, conversations: Sequence[Sequence[Message]], options: GenerationOptions | None = None
@@ -185,17 +220,21 @@ class Predictor:
         if errors:
             raise errors[0]
 
-    def _prompt(self, messages: Sequence[Message]) -> _Prompt:
-        """Render and tokenise one conversation."""
-        turns, given_images, system = parse_messages(messages)
-        images = self.processor.load_images(given_images)
+    def _segments(self, messages: Sequence[Message]) -> tuple[list[Segment], list[Image.Image | str | Path]]:
+        """Render one conversation, and list the images that belong to its markers."""
+        turns, images, system = parse_messages(messages)
         if not turns or turns[-1].role != "user":
             raise UserError("a conversation must end with a user's message, so that there is something to answer")
         marker = self.template.image_marker
         if self.model.config.mm_use_im_start_end:
             marker = between_start_and_end(marker)
         turns = [turn._replace(text=turn.text.replace(DEFAULT_IMAGE_TOKEN, marker)) for turn in turns]
-        segments = self.template.render(turns, add_generation_prompt=True, system=system)
+        return self.template.render(turns, add_generation_prompt=True, system=system), images
+
+    def _prompt(self, messages: Sequence[Message]) -> _Prompt:
+        """Render and tokenise one conversation."""
+        segments, given_images = self._segments(messages)
+        images = self.processor.load_images(given_images)
         input_ids = encode_prompt(
             segments,
             self.processor.tokenizer,
@@ -264,10 +303,12 @@ def _overlap(text: str, stop: str) -> int:
 def parse_messages(messages: Sequence[Message]) -> tuple[list[Turn], list[Image.Image | str | Path], str | None]:
     """Split messages into turns with `<image>` markers, the images in their order, and the system prompt if any.
 
-    Images of a message are put in front of its text, each as `<image>` and a line break, as LLaVA's prompts have them.
+    Images of a message are put in front of its text, each as `<image>` and a line break, as LLaVA's prompts have them;
+    or where its text holds LLaVA's `<image-placeholder>`, one for each image.
 
     Raises:
-        UserError: unknown role or part, missing text or image, or a marker written into the text by hand.
+        UserError: unknown role or part, missing text or image, placeholders that do not match the images, or a marker
+            written into the text by hand.
     """
     turns: list[Turn] = []
     images: list[Image.Image | str | Path] = []
@@ -283,9 +324,19 @@ def parse_messages(messages: Sequence[Message]) -> tuple[list[Turn], list[Image.
                 raise UserError(f"message {index} is a system message; only the first may be one")
             system = text
             continue
-        turns.append(Turn(role, f"{DEFAULT_IMAGE_TOKEN}\n" * len(own_images) + text))
+        turns.append(Turn(role, _with_markers(text, len(own_images), index)))
         images.extend(own_images)
     return turns, images, system
+
+
+def _with_markers(text: str, num_images: int, index: int) -> str:
+    """Mark where a message's images stand."""
+    num_places = text.count(IMAGE_PLACEHOLDER)
+    if num_places == 0:
+        return f"{DEFAULT_IMAGE_TOKEN}\n" * num_images + text
+    if num_places != num_images:
+        raise UserError(f"message {index} has {num_places} {IMAGE_PLACEHOLDER} and {num_images} images")
+    return text.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN)
 
 
 def _parse_parts(parts: Any, index: int) -> tuple[str, list]:

@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     # Imported here because they bring transformers, which takes seconds; --help shall not.
     from llava_saep.convert.checkpoint import DTYPES, Source
     from llava_saep.convert.run import convert
-    from llava_saep.model.formats import local_folder
+    from llava_saep.model.hub import local_folder
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     source = Source(

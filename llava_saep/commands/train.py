@@ -110,11 +110,17 @@ def check_models(config: "RunConfig") -> None:
 
     The machine that launches need not have the models: what cannot be read here is left to the ranks.
     """
+    from llava_saep.model.hub import hub_cache
     from llava_saep.model.projector_selection import trusting_projector_code
     from llava_saep.model.reading import UnreadableModel
     from llava_saep.train.run import plan_model
 
-    with trusting_projector_code(config.model.trust_projector_code), contextlib.suppress(UnreadableModel):
+    model = config.model
+    with (
+        trusting_projector_code(model.trust_projector_code),
+        hub_cache(model.hub_cache),
+        contextlib.suppress(UnreadableModel),
+    ):
         plan_model(config)
 
 

@@ -16,7 +16,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, BinaryIO, Literal, NamedTuple, TypeVar, get_args
 
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
@@ -69,11 +69,14 @@ _DECODER_ERRORS = (
 """What Pillow's decoders raise on damaged files, and on kinds of them that they do not know."""
 
 
-def load_image(path: str | os.PathLike[str], *, apply_exif_orientation: bool = False) -> Image.Image:
+def load_image(
+    path: str | os.PathLike[str] | BinaryIO, *, apply_exif_orientation: bool = False, name: str | None = None
+) -> Image.Image:
     """Read an image file completely and return it as RGB.
 
     Args:
-        path: any file that Pillow reads.
+        path: any file that Pillow reads, or one that is open.
+        name: what messages call it; None: its path.
         apply_exif_orientation: turn the image as its EXIF tag says. LLaVA does not.
     Raises:
         UserError: the file is missing, unreadable, truncated, not an image, or has more than MAX_IMAGE_PIXELS.
@@ -83,7 +86,7 @@ def load_image(path: str | os.PathLike[str], *, apply_exif_orientation: bool = F
         image.load()
         return _to_rgb(turn_upright(image) if apply_exif_orientation else image)
 
-    return _with_opened(path, load)
+    return _with_opened(path, load, name)
 
 
 def turn_upright(image: Image.Image) -> Image.Image:
@@ -105,10 +108,13 @@ def read_image_size(path: str | os.PathLike[str], *, apply_exif_orientation: boo
     return _with_opened(path, read)
 
 
-def _with_opened(path: str | os.PathLike[str], read: Callable[[Image.Image], T]) -> T:
+def _with_opened(
+    file: str | os.PathLike[str] | BinaryIO, read: Callable[[Image.Image], T], name: str | None = None
+) -> T:
     """Return what `read` makes of an image file whose head has been read; its errors become UserErrors."""
+    path = file if name is None else name
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             _refuse_huge(path, image.size)
             return read(image)
     except FileNotFoundError:

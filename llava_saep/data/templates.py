@@ -199,6 +199,11 @@ def conversation_template(name: str, tokenizer: Any = None) -> AnyTemplate:
     return _TEMPLATES[name]
 
 
+def is_same_template(name: str, other: str) -> bool:
+    """Whether two names stand for one template (v1 and vicuna_v1)."""
+    return name == other or any({name, other} <= set(llava.names) for llava in LLAVA_FORMATS)
+
+
 def check_template_name(name: str) -> str:
     """Return the name of a template.
 

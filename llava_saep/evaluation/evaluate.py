@@ -56,13 +56,15 @@ def evaluate_model(
         fingerprint=f"{model_fingerprint(model_path)}-{max_new_tokens}",
         batch_size=batch_size,
     )
-    answers = answer(answers_path=output_dir / "answers.jsonl", description="with images")
+    question_ids = [question.question_id for question in questions]
+    texts = answer(answers_path=output_dir / "answers.jsonl", description="with images")
+    answers = dict(zip(question_ids, texts, strict=True))
     scores = score_answers(questions, answers, chance)
     blind_scores: list[Score] = []
     if blind:
         blind_path = output_dir / "answers_blind.jsonl"
-        blind_answers = answer(answers_path=blind_path, blind=True, description="without images")
-        blind_scores = score_answers(questions, blind_answers, chance)
+        blind_texts = answer(answers_path=blind_path, blind=True, description="without images")
+        blind_scores = score_answers(questions, dict(zip(question_ids, blind_texts, strict=True)), chance)
     _write_reports(output_dir, model_path.name, scores, blind_scores)
     return Evaluation(
         questions=tuple(questions), answers=answers, scores=tuple(scores), blind_scores=tuple(blind_scores)

@@ -1,7 +1,7 @@
 """The question file: one JSON object per line, LLaVA's fields plus the words that a right answer ends with."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,12 @@ class Question:
     reference: str | None = None
 
 
-def read_questions(path: Path) -> list[Question]:
+def read_questions(path: Path, *, ids_are_unique: bool = True) -> list[Question]:
     """Read a question file, in the order of its lines.
 
+    Args:
+        ids_are_unique: False for files such as LLaVA's of TextVQA and MME, where several questions about one image
+            have the image's name for a question_id.
     Raises:
         UserError: the file is absent or empty; a line is not a JSON object, lacks a field, or repeats a question_id.
     """
@@ -45,12 +48,17 @@ def read_questions(path: Path) -> list[Question]:
     questions = [_parse_question(line, f"{path}, line {number}") for number, line in numbered]
     if not questions:
         raise UserError(f"{path}: holds no questions; expected one JSON object per line.")
+    if ids_are_unique:
+        _refuse_repeated_ids(questions, path)
+    return questions
+
+
+def _refuse_repeated_ids(questions: Iterable[Question], path: Path) -> None:
     seen: set[str | int] = set()
     for question in questions:
         if question.question_id in seen:
             raise UserError(f"{path}: question_id {question.question_id!r} occurs twice; answers are matched by it.")
         seen.add(question.question_id)
-    return questions
 
 
 def _parse_question(line: str, place: str) -> Question:

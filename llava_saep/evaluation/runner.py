@@ -59,35 +59,38 @@ def answer_questions(
     batch_size: int,
     blind: bool = False,
     description: str = "answers",
-) -> dict[str | int, str]:
-    """Generate an answer to every question and write them in LLaVA's answer format.
+) -> list[str]:
+    """Generate an answer to every question and write them in LLaVA's answer format, in the order of the questions.
 
     Answers that the file already holds are kept when they were made by the same weights (`fingerprint`), in the same
     way (`blind`) and for the same wording; all others are made anew.
 
     Returns:
-        Generated text by question_id.
+        one generated text per question.
     """
     metadata = {"blind": blind, "fingerprint": fingerprint}
-    kept = _reusable_records(answers_path, questions, metadata)
-    answers = {record["question_id"]: record["text"] for record in kept}
-    if kept:
-        logger.info("%s: %d of %d answers are there already", answers_path, len(kept), len(questions))
-    _rewrite(answers_path, kept)
-    open_questions = [question for question in questions if question.question_id not in answers]
+    records = _kept_records(answers_path, questions, metadata)
+    open_positions = [position for position, record in enumerate(records) if record is None]
+    num_kept = len(questions) - len(open_positions)
+    if num_kept:
+        logger.info("%s: %d of %d answers are there already", answers_path, num_kept, len(questions))
+    _rewrite(answers_path, filter(None, records))
     with (
         answers_path.open("a", encoding="utf-8") as file,
-        tqdm(total=len(questions), initial=len(answers), desc=description, unit=" questions") as progress,
+        tqdm(total=len(questions), initial=num_kept, desc=description, unit=" questions") as progress,
     ):
-        for start in range(0, len(open_questions), batch_size):
-            batch = open_questions[start : start + batch_size]
+        for start in range(0, len(open_positions), batch_size):
+            positions = open_positions[start : start + batch_size]
+            batch = [questions[position] for position in positions]
             texts = generate_batch([question_messages(question, image_folder, blind) for question in batch])
-            for question, text in zip(batch, texts, strict=True):
-                answers[question.question_id] = text
-                file.write(_json_line(_answer_record(question, text, model_id, metadata)))
+            for position, question, text in zip(positions, batch, texts, strict=True):
+                records[position] = _answer_record(question, text, model_id, metadata)
+                file.write(_json_line(records[position]))
             file.flush()
             progress.update(len(batch))
-    return answers
+    if open_positions != list(range(num_kept, len(questions))):
+        _rewrite(answers_path, records)  # scorers of LLaVA's go by the order
+    return [record["text"] for record in records]
 
 
 def read_answers(path: Path) -> dict[str | int, str]:
@@ -122,20 +125,17 @@ def _answer_record(question: Question, text: str, model_id: str, metadata: dict[
     }
 
 
-def _reusable_records(path: Path, questions: Sequence[Question], metadata: dict[str, Any]) -> list[dict[str, Any]]:
+def _kept_records(path: Path, questions: Sequence[Question], metadata: dict[str, Any]) -> list[dict[str, Any] | None]:
+    """What the file holds for each question; None where it has to be answered."""
     if not path.is_file():
-        return []
-    prompts = {question.question_id: question.text for question in questions}
+        return [None] * len(questions)
     # A line cut short by an interruption parses to None and is made anew.
-    records = [_parse_record(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
-    reusable = {
-        record["question_id"]: record
-        for record in records
-        if record is not None
-        and record.get("metadata") == metadata
-        and prompts.get(record["question_id"]) == record.get("prompt")
-    }
-    return list(reusable.values())
+    found = [_parse_record(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    by_question: dict[tuple[Any, Any], list[dict[str, Any]]] = {}
+    for record in reversed([record for record in found if record is not None and record.get("metadata") == metadata]):
+        by_question.setdefault((record["question_id"], record.get("prompt")), []).append(record)
+    waiting = (by_question.get((question.question_id, question.text), []) for question in questions)
+    return [records.pop() if records else None for records in waiting]
 
 
 def _parse_record(line: str) -> dict[str, Any] | None:

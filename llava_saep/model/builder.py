@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from llava_saep.errors import UserError
-from llava_saep.model.formats import build_foreign_processor, detect_format, inspect_foreign_folder, local_folder
+from llava_saep.model.formats import build_foreign_processor, detect_format, inspect_foreign_folder
+from llava_saep.model.hub import local_folder
 from llava_saep.model.llava_format import LlavaFolder
-from llava_saep.model.loading import inspect_folder, load_model, load_processor
+from llava_saep.model.loading import base_to_name, load_model, load_processor
 from llava_saep.model.modeling_llava_saep import LlavaSaepForConditionalGeneration
 from llava_saep.model.quantization import QuantizationConfig
 
@@ -59,7 +59,7 @@ def load_pretrained_model(
     if unknown:
         raise UserError(f"load_pretrained_model does not know {', '.join(sorted(unknown))}")
     model_path = str(local_folder(model_path))
-    base = _base(model_path, model_base or None)
+    base = base_to_name(model_path, model_base or None)
     model = load_model(model_path, dtype=dtype, device=device, model_base=base, quantization=quantization, **kwargs)
     processor, stored_length = _processor(model_path, base, kwargs)
     model.config.image_aspect_ratio = processor.image_aspect_ratio
@@ -79,20 +79,6 @@ def _device(device: str, device_map: Any) -> torch.device:
         logger.warning("no GPU can be used here; the model is loaded on the CPU")
         return torch.device("cpu")
     return wanted
-
-
-def _base(model_path: str, model_base: str | None) -> str | None:
-    """The base to give to `load_model`: our own folders say themselves what they belong to.
-
-    Raises:
-        UserError: one of them is given another base.
-    """
-    if model_base is None or detect_format(model_path) != "own":
-        return model_base
-    recorded = inspect_folder(model_path).config.language_model_name_or_path
-    if recorded != model_base and (recorded is None or Path(recorded).resolve() != Path(model_base).resolve()):
-        raise UserError(f"{model_path} belongs to {recorded!r}, as its config.json says, and not to {model_base!r}")
-    return None
 
 
 def _processor(model_path: str, model_base: str | None, kwargs: dict[str, Any]) -> tuple[Any, int | None]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
 from llava_saep.errors import UserError
 from llava_saep.model.configuration_llava_saep import LlavaSaepConfig
 from llava_saep.model.hf_format import HfFolder, inspect_hf_folder, is_hf_config, read_hf_weights
+from llava_saep.model.hub import local_folder, read_config_fields
 from llava_saep.model.llava_format import (
     LlavaFolder,
     default_template,
@@ -25,7 +23,7 @@ from llava_saep.model.llava_format import (
 )
 from llava_saep.model.modeling_llava_saep import LlavaSaepForConditionalGeneration
 from llava_saep.model.processing_llava_saep import LlavaSaepProcessor
-from llava_saep.model.reading import first_line, read_config, read_image_processor, read_json_object
+from llava_saep.model.reading import read_config, read_image_processor, read_json_object
 from projectors import ProjectorSelection
 
 Format = Literal["own", "llava", "hf"]
@@ -84,29 +82,10 @@ def read_base_config(name_or_path: str, flag: str) -> PreTrainedConfig:
     Raises:
         UserError, ProjectorError: as `read_config` and `inspect_foreign_folder`.
     """
-    config = Path(name_or_path) / "config.json"
-    if config.is_file():
-        fields = read_json_object(config)
-        if is_hf_config(fields) or is_llava_config(fields):
-            return inspect_foreign_folder(name_or_path).config
+    fields = read_config_fields(name_or_path)
+    if fields is not None and (is_hf_config(fields) or is_llava_config(fields)):
+        return inspect_foreign_folder(local_folder(name_or_path)).config
     return read_config(name_or_path, flag)
-
-
-def local_folder(name_or_path: str) -> Path:
-    """Return the folder of a saved model; one that is named as on the hub is downloaded unless it has been.
-
-    Raises:
-        UserError: neither a folder nor a model of the hub that can be had.
-    """
-    path = Path(name_or_path)
-    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name_or_path):
-        return path
-    try:
-        return Path(snapshot_download(name_or_path))
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise UserError(
-            f"{name_or_path} is no folder here, and cannot be had from the hub: {first_line(error)}"
-        ) from error
 
 
 def refuse_parts(

@@ -223,7 +223,7 @@ def _find_base(path: Path, fields: Mapping[str, Any], kind: Kind, model_base: st
         what = "a LoRA adapter" if kind == "lora" else "projector weights"
         raise UserError(
             f"{path} holds {what} and does not say of which language model; name it with --model_base, "
-            "which `llava-saep convert` and load_pretrained_model take"
+            "which `llava-saep chat`, `convert` and load_pretrained_model take"
         )
     return _beside(path, str(named)) or str(named)
 

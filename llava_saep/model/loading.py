@@ -24,6 +24,7 @@ from llava_saep.model.formats import (
     refuse_parts,
 )
 from llava_saep.model.hf_format import HfFolder
+from llava_saep.model.hub import local_folder
 from llava_saep.model.llava_format import LlavaFolder
 from llava_saep.model.modeling_llava_saep import LlavaSaepForConditionalGeneration, newline_std
 from llava_saep.model.parts import build_tokenizer, language_model_weights, loading_whole, tower_weights
@@ -418,15 +419,17 @@ class SavedFolder:
     config: LlavaSaepConfig
 
 
-def inspect_folder(folder: str | Path) -> SavedFolder | LlavaFolder | HfFolder:
+def inspect_folder(folder: str | Path, *, model_base: str | None = None) -> SavedFolder | LlavaFolder | HfFolder:
     """Decide from files and config what a saved folder is.
 
+    Args:
+        model_base: language model of a projector or adapter in LLaVA's format, where its config does not name it.
     Raises:
         UserError: no folder, no config of a model that loads here, or no weights.
     """
     path = Path(folder)
     if detect_format(path) != "own":
-        return inspect_foreign_folder(path)
+        return inspect_foreign_folder(path, model_base=model_base)
     try:
         config = LlavaSaepConfig.from_pretrained(path)
     except UNREADABLE_CONFIG as error:
@@ -439,6 +442,20 @@ def inspect_folder(folder: str | Path) -> SavedFolder | LlavaFolder | HfFolder:
         return SavedFolder(path, "projector", config)
     expected = ", ".join((FULL_WEIGHTS_NAMES[0], PROJECTOR_WEIGHTS_NAME, "adapter_config.json"))
     raise UserError(f"{path} has a config.json but no weights: expected one of {expected}")
+
+
+def base_to_name(folder: str | Path, model_base: str | None) -> str | None:
+    """Return the base that `load_model` has to be told of: our own folders say themselves what they belong to.
+
+    Raises:
+        UserError: one of them is given another base than its own.
+    """
+    if model_base is None or detect_format(folder) != "own":
+        return model_base
+    recorded = inspect_folder(folder).config.language_model_name_or_path
+    if recorded != model_base and (recorded is None or Path(recorded).resolve() != Path(model_base).resolve()):
+        raise UserError(f"{folder} belongs to {recorded!r}, as its config.json says, and not to {model_base!r}")
+    return None
 
 
 def load_model(
@@ -459,6 +476,7 @@ def load_model(
     adapter merged into the language model.
 
     Args:
+        folder: or the name of a model on the hub.
         model_base, vision_tower, projector: for a folder of the original LLaVA, in place of what its config says; see
             `inspect_llava_folder`.
         trust_projector_code: permit the config to import a projector from outside this package. None: as
@@ -467,6 +485,7 @@ def load_model(
     Raises:
         UserError, ProjectorError: the folder is no saved model, or its weights are missing, damaged or misshapen.
     """
+    folder = local_folder(folder)
     parts = {"model_base": model_base, "vision_tower": vision_tower, "projector": projector}
     with trusting_projector_code(trust_projector_code):
         kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
@@ -553,19 +572,23 @@ def _load_non_lora_weights(model: nn.Module, folder: Path) -> None:
     load_projector_weights(model, folder)
 
 
-def load_processor(folder: str | Path, *, trust_projector_code: bool | None = None) -> LlavaSaepProcessor:
+def load_processor(
+    folder: str | Path, *, trust_projector_code: bool | None = None, model_base: str | None = None
+) -> LlavaSaepProcessor:
     """Load the processor that training wrote beside a model, or make the one of a LLaVA or llava-hf folder.
 
     Args:
+        model_base: as in `inspect_folder`.
         trust_projector_code: as in `load_model`.
     Raises:
         UserError: there is no such folder, or it has no readable processor.
     """
-    if not Path(folder).is_dir():  # transformers would ask the hub for a model of that name
+    folder = local_folder(folder)
+    if not folder.is_dir():  # transformers would ask the hub for a model of that name
         raise UserError(f"{folder} is not a folder; expected one that training wrote (its --output_dir)")
     with trusting_projector_code(trust_projector_code):
-        if (Path(folder) / "config.json").is_file() and detect_format(folder) != "own":
-            return build_foreign_processor(inspect_foreign_folder(folder))
+        if (folder / "config.json").is_file() and detect_format(folder) != "own":
+            return build_foreign_processor(inspect_foreign_folder(folder, model_base=model_base))
         try:
             return LlavaSaepProcessor.from_pretrained(folder, backend="pil")
         except (OSError, ValueError, TypeError) as error:

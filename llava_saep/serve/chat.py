@@ -8,14 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from llava_saep.data.images import load_image
+from PIL import Image
+
+from llava_saep.data.remote_images import find_image
 from llava_saep.errors import UserError
 from llava_saep.generation import GenerationOptions, Message, Predictor
 from llava_saep.model.quantization import QuantizationConfig
+from llava_saep.program import AbbreviatingParser
 
 HELP = """\
 Type a question and press Enter. Commands:
-  /image PATH [PATH ...]  show the model more images with your next question
+  /image PATH [PATH ...]  show the model more images with your next question (http addresses too)
   /system TEXT            replace the system prompt and start over
   /undo                   take back the last question and its answer
   /clear                  forget the conversation and its images
@@ -30,16 +33,16 @@ class ChatSession:
     predictor: Predictor
     options: GenerationOptions
     messages: list[Message] = field(default_factory=list)
-    waiting_images: list[Path] = field(default_factory=list)
+    waiting_images: list[Path | Image.Image] = field(default_factory=list)
+    shows_prompts: bool = False
 
-    def add_image(self, path: str | Path) -> None:
+    def add_image(self, path_or_url: str | Path) -> None:
         """Queue an image for the next question.
 
         Raises:
-            UserError: the file is missing or is not a readable image.
+            UserError: the file is missing, nothing can be fetched from the address, or it is no readable image.
         """
-        load_image(path)
-        self.waiting_images.append(Path(path))
+        self.waiting_images.append(find_image(path_or_url))
 
     def set_system(self, text: str) -> None:
         """Start over with another system prompt.
@@ -83,6 +86,8 @@ class ChatSession:
             stream.close()
             output.write(" [stopped]")
         output.write("\n")
+        if self.shows_prompts:
+            output.write(f"{ {'prompt': self.predictor.prompt_text(messages), 'outputs': answer} }\n")
         self.messages = [*messages, {"role": "assistant", "content": answer.strip() or "..."}]
         self.waiting_images = []
         return answer
@@ -156,19 +161,21 @@ def chat_loop(session: ChatSession, source: TextIO, output: TextIO, interactive:
 
 def build_parser(prog: str = "llava-saep chat") -> argparse.ArgumentParser:
     """Return the parser; its flags carry LLaVA's names."""
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
-    parser.add_argument("--model-path", "--model_path", required=True, help="folder that training wrote (--output_dir)")
-    parser.add_argument("--image-file", "--image_file", nargs="+", default=[], help="images for the first question")
-    parser.add_argument("--query", help="ask this one question and exit")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
-    parser.add_argument("--load-8bit", "--load_8bit", action="store_true", help="round the language model to 8 bits")
-    parser.add_argument("--load-4bit", "--load_4bit", action="store_true", help="round the language model to 4 bits")
-    parser.add_argument("--temperature", type=float, default=0.2, help="0 decodes greedily (default: %(default)s)")
-    parser.add_argument("--top-p", "--top_p", type=float, default=1.0)
-    parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=512)
-    parser.add_argument(
-        "--trust-projector-code",
-        "--trust_projector_code",
+    parser = AbbreviatingParser(prog=prog, description=__doc__)
+    parser.add_flag("model-path", required=True, help="folder that training wrote (--output_dir), or hub name")
+    parser.add_flag("model-base", help="language model of a projector or adapter in LLaVA's format")
+    parser.add_flag("image-file", nargs="+", default=[], help="images for the first question: paths or addresses")
+    parser.add_flag("query", help="ask this one question and exit")
+    parser.add_flag("conv-mode", help="conversation template (default: the one that the model was trained with)")
+    parser.add_flag("device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    parser.add_flag("load-8bit", action="store_true", help="round the language model to 8 bits")
+    parser.add_flag("load-4bit", action="store_true", help="round the language model to 4 bits")
+    parser.add_flag("temperature", type=float, default=0.2, help="0 decodes greedily (default: %(default)s)")
+    parser.add_flag("top-p", type=float, default=1.0)
+    parser.add_flag("max-new-tokens", type=int, default=512)
+    parser.add_flag("debug", action="store_true", help="print each prompt as the model sees it, and its answer")
+    parser.add_flag(
+        "trust-projector-code",
         action="store_true",
         help="let the checkpoint import a projector from outside this package",
     )
@@ -183,18 +190,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     options = GenerationOptions(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p)
-    for path in args.image_file:
-        load_image(path)  # before the model is loaded, which may take long
+    images = [find_image(path) for path in args.image_file]  # before the model is loaded, which may take long
     predictor = Predictor.from_pretrained(
         args.model_path,
         device=args.device,
         trust_projector_code=args.trust_projector_code,
         quantization=QuantizationConfig.for_loading(load_4bit=args.load_4bit, load_8bit=args.load_8bit),
+        model_base=args.model_base,
+        template=args.conv_mode,
     )
-    options = _fit_to_context(options, predictor)
-    session = ChatSession(predictor, options)
-    for path in args.image_file:
-        session.add_image(path)
+    session = ChatSession(predictor, predictor.fit(options), waiting_images=images, shows_prompts=args.debug)
     if args.query is not None:
         session.ask(args.query, sys.stdout)
         return 0
@@ -204,12 +209,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{args.model_path}: {projector} projector, {predictor.num_image_tokens} tokens per image. Try /help.")
     chat_loop(session, sys.stdin, sys.stdout, interactive)
     return 0
-
-
-def _fit_to_context(options: GenerationOptions, predictor: Predictor) -> GenerationOptions:
-    """Halve the answer's limit until it leaves room for a prompt, for models with a short context."""
-    context = getattr(predictor.model.config.text_config, "max_position_embeddings", None)
-    limit = options.max_new_tokens
-    while context is not None and limit > context // 2:
-        limit //= 2
-    return GenerationOptions(max_new_tokens=max(limit, 1), temperature=options.temperature, top_p=options.top_p)

@@ -38,6 +38,7 @@ class ModelConfig:
         use_im_start_end: `--mm_use_im_start_end`; None: as a saved model does, else not.
         attn_implementation: of the language model; None: segment by segment where it can, else as transformers chooses.
         quantization: how the language model, which is then frozen, is rounded; None: not at all.
+        hub_cache: `--cache_dir`: where models that are named as on the hub are kept; None: as HF_HOME says.
     """
 
     language_model: str
@@ -52,6 +53,7 @@ class ModelConfig:
     attn_implementation: str | None = None
     trust_projector_code: bool = False
     quantization: QuantizationConfig | None = None
+    hub_cache: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from llava_saep.errors import UserError
 from llava_saep.model import LlavaSaepConfig, LlavaSaepProcessor
 from llava_saep.model.combined_towers import split_tower_names
 from llava_saep.model.formats import read_base_config
+from llava_saep.model.hub import hub_cache
 from llava_saep.model.loading import (
     build_model,
     build_processor,
@@ -68,7 +69,7 @@ def train(config: RunConfig) -> None:
     Raises:
         UserError, ProjectorError: a file, flag or record is wrong; nothing half-written is left.
     """
-    with trusting_projector_code(config.model.trust_projector_code):
+    with trusting_projector_code(config.model.trust_projector_code), hub_cache(config.model.hub_cache):
         check_paths(config)
         processor, model_config = plan_model(config)
         arguments = start(config.training)

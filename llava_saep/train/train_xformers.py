@@ -1,26 +1,18 @@
-"""LLaVA's script of this name, for GPUs without flash attention: attention whose memory does not grow with the square.
+"""LLaVA's script of this name, for GPUs without flash attention: here the same as train_mem.py.
 
-LLaVA takes it from xformers; torch has it by now, as `--attn_implementation sdpa`, which this script adds.
+What LLaVA takes from xformers, attention whose memory does not grow with the square of the length, is the default here
+and comes from torch (`--attn_implementation`).
 """
 
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 if __package__ in (None, ""):
     # Run as a file; the reason is given in train_mem.py.
     sys.path[:1] = [str(Path(__file__).resolve().parents[2]), os.getcwd()]
 
-from llava_saep.train import train_mem
-
-MEMORY_EFFICIENT = ("--attn_implementation", "sdpa")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Train as `train_mem.main` does, with torch's attention unless a flag later in `argv` names another."""
-    return train_mem.main([*MEMORY_EFFICIENT, *(sys.argv[1:] if argv is None else argv)])
-
+from llava_saep.train.train_mem import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -166,3 +166,29 @@ def test_impossible_options_are_refused(field):
 )
 def test_stop_strings_end_a_stream_wherever_the_pieces_are_cut(pieces, expected):
     assert "".join(_without_stop_strings(iter(pieces), ("</s>", "###"))) == expected
+
+
+def test_images_stand_where_llavas_placeholders_say(predictor, images):
+    messages = ask(images[:2], "Is <image-placeholder> like <image-placeholder>?")
+    turns, _, _ = parse_messages(messages)
+    assert turns[0].text == "Is <image> like <image>?"
+    assert "USER: Is <image> like <image>? ASSISTANT:" in predictor.prompt_text(messages)
+    with pytest.raises(UserError, match="1 <image-placeholder> and 2 images"):
+        parse_messages(ask(images[:2], "What is <image-placeholder>?"))
+
+
+def test_another_template_can_be_asked_in_and_is_said(predictor, caplog):
+    other = Predictor(predictor.model, predictor.processor, template="llava_llama_2")
+    assert other.prompt_text(ask([], "Why?")).endswith("Why? [/INST]")
+    assert "the model's conversation template is v1; it is asked in llava_llama_2" in caplog.text
+    caplog.clear()
+    Predictor(predictor.model, predictor.processor, template="vicuna_v1")  # another name of v1
+    assert not caplog.records
+
+
+def test_answers_limit_leaves_room_for_a_prompt(predictor):
+    """The tiny model's context is 512 tokens."""
+    assert predictor.fit(GenerationOptions(max_new_tokens=1024, num_beams=2)) == GenerationOptions(
+        max_new_tokens=256, num_beams=2
+    )
+    assert predictor.fit(GREEDY) == GREEDY

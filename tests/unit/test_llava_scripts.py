@@ -57,9 +57,9 @@ LLAVA_DEFAULTS = {
 OTHER_DEFAULTS = {
     "model_name_or_path": None,  # no language model is trained that was not named
     "mm_vision_select_layer": None,  # the projector's own choice: -2 where it reads one layer
+    "mm_use_im_start_end": None,  # off, or as a saved model has it
     "mm_projector_type": None,  # linear, or the projector of a saved model
     "mm_patch_merge_type": None,  # flat, or as a saved model has it
-    "mm_use_im_start_end": None,  # False, or as a saved model has it
 }
 LLAVA_FLAGS = [name for defaults in LLAVA_DEFAULTS.values() for name in defaults]
 

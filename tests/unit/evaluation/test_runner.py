@@ -40,7 +40,7 @@ def answer(model, path, questions=QUESTIONS, **changes):
 def test_answers_are_written_in_llavas_format(tmp_path):
     path = tmp_path / "sub" / "answers.jsonl"
     answers = answer(Model(), path)
-    assert answers == {i: f"answer to question {i}" for i in range(5)} == read_answers(path)
+    assert answers == [f"answer to question {i}" for i in range(5)] == list(read_answers(path).values())
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [record["question_id"] for record in records] == list(range(5))
     assert set(records[0]) == {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
@@ -55,7 +55,7 @@ def test_interrupted_run_goes_on_where_it_stopped(tmp_path):
     with path.open("a") as file:
         file.write('{"question_id": 2, "text": "cut sho')
     model = Model()
-    assert answer(model, path) == {i: f"answer to question {i}" for i in range(5)}
+    assert answer(model, path) == [f"answer to question {i}" for i in range(5)]
     assert model.batch_sizes == [2, 1]
     assert len(path.read_text().splitlines()) == 5
 
@@ -76,6 +76,19 @@ def test_changed_wording_is_asked_anew(tmp_path):
     changed = [Question(question_id=0, text="another question", image="0.png"), *QUESTIONS[1:]]
     assert answer(model, path, changed)[0] == "answer to another question"
     assert sum(model.batch_sizes) == 1
+    assert list(read_answers(path)) == list(range(5))  # in the order of the questions, as scorers expect them
+
+
+def test_questions_that_share_an_id_are_all_answered(tmp_path):
+    """In LLaVA's files of TextVQA and MME the id is the image's, and several questions are about it."""
+    path = tmp_path / "answers.jsonl"
+    questions = [Question(question_id="a.png", text=text, image="a.png") for text in ("one", "two", "one")]
+    expected = ["answer to one", "answer to two", "answer to one"]
+    assert answer(Model(), path, questions) == expected
+    assert [json.loads(line)["text"] for line in path.read_text().splitlines()] == expected
+    model = Model()
+    assert answer(model, path, questions) == expected
+    assert model.batch_sizes == []
 
 
 def test_blind_question_differs_by_the_image_alone(tmp_path):

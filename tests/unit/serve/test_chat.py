@@ -1,9 +1,13 @@
 """The terminal chat: its commands and its memory, with a predictor that records what it is asked."""
 
+import functools
 import io
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from llava_saep.errors import UserError
 from llava_saep.generation import GenerationOptions
@@ -85,3 +89,35 @@ def test_failed_answer_leaves_the_conversation_as_it_was(session, tmp_path):
 def test_unclosed_quote_is_explained(session):
     with pytest.raises(UserError, match="quote paths"):
         run_command(session, "/image 'a b", io.StringIO())
+
+
+@pytest.fixture
+def address(tmp_path):
+    """The address of a folder that this machine serves."""
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_image_can_be_named_by_its_address(session, tmp_path, address):
+    image = write_image(tmp_path / "a.png")
+    session.add_image(f"{address}/a.png")
+    (shown,) = session.waiting_images
+    assert shown.tobytes() == Image.open(image).tobytes()
+
+
+def test_address_without_an_image_is_named(session, tmp_path, address):
+    (tmp_path / "page.html").write_text("<p>no image</p>")
+    output = run(session, f"/image {address}/page.html\n/image {address}/none.png\n/image http://127.0.0.1:1/a.png\n")
+    assert f"{address}/page.html: cannot be read as an image" in output
+    assert f"{address}/none.png: cannot be fetched (HTTP Error 404" in output
+    assert "http://127.0.0.1:1/a.png: cannot be fetched" in output
+    assert session.waiting_images == []
+
+
+def test_prompt_is_shown_when_it_is_asked_for(session):
+    session.shows_prompts = True
+    session.predictor.prompt_text = lambda messages: f"the text of {len(messages)}"
+    assert run(session, "one\n").endswith("{'prompt': 'the text of 1', 'outputs': 'answer 1'}\n")

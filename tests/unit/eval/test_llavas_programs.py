@@ -1,0 +1,206 @@
+"""LLaVA's programs for questions under their names: its flags, its answer format, and the answers of its Python API."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from llava_saep import conv_templates, load_pretrained_model, process_images, tokenizer_image_token
+from llava_saep.errors import UserError
+from llava_saep.eval import model_vqa, model_vqa_loader, run_llava
+from llava_saep.eval.model_vqa import chunk
+from llava_saep.serve import chat
+from tests.fixtures.tiny import write_image
+
+MODEL = Path(__file__).parents[2] / "golden" / "llava" / "checkpoints" / "llava_tiny_v15"
+
+# Flags and defaults of llava/eval/*.py and llava/serve/cli.py. A default that is not here is another one on purpose:
+# no model is asked that was not named, and the template is the model's own.
+VQA = {
+    "--model-base": None,
+    "--image-folder": "",
+    "--question-file": "tables/question.jsonl",
+    "--answers-file": "answer.jsonl",
+    "--num-chunks": 1,
+    "--chunk-idx": 0,
+    "--temperature": 0.2,
+    "--top_p": None,
+    "--num_beams": 1,
+}
+PROGRAMS = {
+    "model_vqa": (model_vqa.build_parser(), VQA, ["--model-path", "--conv-mode"]),
+    "model_vqa_loader": (
+        model_vqa.build_parser(model_vqa_loader.NAME, model_vqa_loader.MAX_NEW_TOKENS),
+        {**VQA, "--max_new_tokens": 128},
+        ["--model-path", "--conv-mode"],
+    ),
+    "run_llava": (
+        run_llava.build_parser(),
+        {
+            "--model-base": None,
+            "--conv-mode": None,
+            "--sep": ",",
+            "--temperature": 0.2,
+            "--top_p": None,
+            "--num_beams": 1,
+            "--max_new_tokens": 512,
+        },
+        ["--model-path", "--image-file", "--query"],
+    ),
+    "cli": (
+        chat.build_parser(),
+        {"--model-base": None, "--conv-mode": None, "--temperature": 0.2, "--max-new-tokens": 512}
+        | dict.fromkeys(("--load-8bit", "--load-4bit", "--debug"), False),
+        ["--model-path", "--image-file", "--device"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_flags_have_llavas_names_and_defaults(name):
+    parser, defaults, others = PROGRAMS[name]
+    actions = {option: action for action in parser._actions for option in action.option_strings}
+    assert {flag: actions[flag].default for flag in defaults} == defaults
+    assert all(flag in actions for flag in others)
+
+
+@pytest.mark.parametrize(("abbreviation", "flag"), [("--conv", "conv_mode"), ("--answers", "answers_file")])
+def test_flags_can_be_abbreviated(abbreviation, flag):
+    arguments = model_vqa.build_parser().parse_args(["--model-path", "m", abbreviation, "given"])
+    assert getattr(arguments, flag) == "given"
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """A question file with LLaVA's fields, where two questions have the same question_id."""
+    file = tmp_path / "questions.jsonl"
+    texts = ["What is it?", "Which colour is the circle?", "Why  so?\n", "Where is it?", "Is it a dog?"]
+    lines = []
+    for index, text in enumerate(texts):
+        image = f"{index // 2}.png"
+        write_image(tmp_path / "images" / image, width=24 + index, seed=index)
+        lines.append(json.dumps({"question_id": image, "image": image, "text": text, "category": "default"}))
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+def answer(program, questions, *flags, name="answers.jsonl"):
+    answers = questions.parent / "answers" / name
+    places = {
+        "--model-path": MODEL,
+        "--question-file": questions,
+        "--image-folder": questions.parent / "images",
+        "--answers-file": answers,
+    }
+    words = [str(word) for flag in places.items() for word in flag]
+    assert program.main([*words, "--temperature", "0", "--device", "cpu", "--max_new_tokens", "6", *flags]) == 0
+    return [json.loads(line) for line in answers.read_text().splitlines()]
+
+
+def answers_of_the_api(questions):
+    """What LLaVA's model_vqa does, through `load_pretrained_model` and `generate`."""
+    tokenizer, model, image_processor, _ = load_pretrained_model(str(MODEL), None, "llava", device="cpu")
+    texts = []
+    for line in questions.read_text().splitlines():
+        question = json.loads(line)
+        conversation = conv_templates["llava_v1"].copy()
+        conversation.append_message(conversation.roles[0], "<image>\n" + question["text"])
+        conversation.append_message(conversation.roles[1], None)
+        input_ids = tokenizer_image_token(conversation.get_prompt(), tokenizer, return_tensors="pt")[None]
+        image = Image.open(questions.parent / "images" / question["image"])
+        pixels = process_images([image], image_processor, model.config)
+        with torch.inference_mode():
+            ids = model.generate(input_ids, images=pixels, image_sizes=[image.size], do_sample=False, max_new_tokens=6)
+        texts.append(tokenizer.batch_decode(ids, skip_special_tokens=True)[0].strip())
+    return texts
+
+
+def test_answers_equal_those_of_llavas_api_and_are_written_in_its_format(questions):
+    records = answer(model_vqa_loader, questions, "--conv-mode", "llava_v1")
+    asked = [json.loads(line) for line in questions.read_text().splitlines()]
+    assert [record["text"] for record in records] == answers_of_the_api(questions)
+    assert any(record["text"] for record in records)
+    assert [(r["question_id"], r["prompt"]) for r in records] == [(q["question_id"], q["text"]) for q in asked]
+    assert {record["model_id"] for record in records} == {"llava_tiny_v15"}
+    assert len({record["answer_id"] for record in records}) == len(asked)
+
+
+def test_chunks_one_after_the_other_are_the_whole(questions):
+    whole = answer(model_vqa, questions)
+    parts = []
+    for index in range(3):
+        parts += answer(model_vqa, questions, "--num-chunks", "3", "--chunk-idx", str(index), name=f"3_{index}.jsonl")
+    drop = ("answer_id",)
+    assert [{k: v for k, v in r.items() if k not in drop} for r in parts] == [
+        {k: v for k, v in r.items() if k not in drop} for r in whole
+    ]
+
+
+@pytest.mark.parametrize(("num_items", "num_chunks"), [(5, 1), (5, 2), (5, 4), (3, 5), (0, 2)])
+def test_every_item_is_in_one_chunk(num_items, num_chunks):
+    items = list(range(num_items))
+    assert [item for index in range(num_chunks) for item in chunk(items, num_chunks, index)] == items
+
+
+@pytest.mark.parametrize(("num_chunks", "index"), [(0, 0), (2, 2), (2, -1)])
+def test_chunk_that_does_not_exist_is_refused(num_chunks, index):
+    with pytest.raises(UserError, match="expected 0 <= chunk-idx < num-chunks"):
+        chunk([1], num_chunks, index)
+
+
+def test_another_way_of_decoding_is_answered_anew(questions):
+    first = answer(model_vqa, questions)
+    assert answer(model_vqa, questions) == first
+    again = answer(model_vqa, questions, "--num_beams", "2")
+    assert not {r["answer_id"] for r in first} & {r["answer_id"] for r in again}
+
+
+def test_eval_model_takes_the_arguments_of_llavas_readme(tmp_path, capsys):
+    images = [write_image(tmp_path / f"{index}.png", seed=index) for index in range(2)]
+    values = {
+        "model_path": str(MODEL),
+        "model_base": None,
+        "model_name": "llava",
+        "query": "What has changed?",
+        "conv_mode": None,
+        "image_file": ";".join(map(str, images)),
+        "sep": ";",
+        "temperature": 0,
+        "top_p": None,
+        "num_beams": 1,
+        "max_new_tokens": 6,
+    }
+    answer = run_llava.eval_model(type("Args", (), values)())
+    assert capsys.readouterr().out.splitlines()[-1] == answer.splitlines()[-1]
+    flags = ["--model-path", str(MODEL), "--image-file", ",".join(map(str, images)), "--query", "What has changed?"]
+    assert run_llava.main([*flags, "--temperature", "0", "--max_new_tokens", "6", "--device", "cpu"]) == 0
+    assert answer in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "llava_saep.serve.cli",
+        "llava_saep.eval.run_llava",
+        "llava_saep.eval.model_vqa",
+        "llava_saep.eval.model_vqa_loader",
+        "llava_saep.model.consolidate",
+    ],
+)
+def test_program_ends_with_code_two_and_one_message_after_a_mistake(module, tmp_path, questions, monkeypatch, capsys):
+    flags = {
+        "llava_saep.serve.cli": ["--model-path", tmp_path],
+        "llava_saep.eval.run_llava": ["--model-path", tmp_path, "--image-file", tmp_path / "no.png", "--query", "?"],
+        "llava_saep.model.consolidate": ["--src", tmp_path, "--dst", tmp_path / "out"],
+    }.get(module, ["--model-path", tmp_path, "--question-file", questions, "--image-folder", tmp_path / "images"])
+    monkeypatch.setattr(sys, "argv", [module, *map(str, flags)])
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(module, run_name="__main__")
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith(f"{module}: ") and len(said.splitlines()) == 1
