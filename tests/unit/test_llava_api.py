@@ -1,5 +1,6 @@
 """LLaVA's Python API, and transformers' own ways to the same model."""
 
+import dataclasses
 import inspect
 import json
 import subprocess
@@ -54,23 +55,55 @@ def test_every_name_of_llavas_api_is_there():
         assert getattr(llava_saep, name) is not None
     from llava_saep.constants import IMAGE_TOKEN_INDEX
     from llava_saep.conversation import SeparatorStyle, conv_templates
-    from llava_saep.model.builder import load_pretrained_model
 
     assert (llava_saep.IMAGE_TOKEN_INDEX, llava_saep.IGNORE_INDEX) == (IMAGE_TOKEN_INDEX, -100) == (-200, -100)
     assert llava_saep.conv_templates is conv_templates
     assert conv_templates["llava_v1"].sep_style is SeparatorStyle.TWO
-    assert list(inspect.signature(load_pretrained_model).parameters)[:8] == [
-        "model_path",
-        "model_base",
-        "model_name",
-        "load_8bit",
-        "load_4bit",
-        "device_map",
-        "device",
-        "use_flash_attn",
-    ]
     with pytest.raises(AttributeError, match="has no attribute 'load_pretrained'"):
         _ = llava_saep.load_pretrained
+
+
+LLAVA_SIGNATURES = {
+    "load_pretrained_model": "(model_path, model_base, model_name, load_8bit=False, load_4bit=False, "
+    "device_map='auto', device='cuda', use_flash_attn=False, **kwargs)",
+    "process_images": "(images, image_processor, model_cfg)",
+    "tokenizer_image_token": "(prompt, tokenizer, image_token_index=-200, return_tensors=None)",
+    "get_model_name_from_path": "(model_path)",
+    "KeywordsStoppingCriteria": "(keywords, tokenizer, input_ids)",
+}
+"""As llava.model.builder and llava.mm_utils have them."""
+
+
+@pytest.mark.parametrize("name", LLAVA_SIGNATURES)
+def test_signatures_are_llavas(name):
+    """Names, order and defaults, so that calls by position and by name both work."""
+    signature = inspect.signature(getattr(llava_saep, name))
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    assert str(inspect.Signature(bare)) == LLAVA_SIGNATURES[name]
+
+
+def test_constants_are_llavas():
+    """llava.constants."""
+    values = {name: value for name, value in vars(llava_saep.constants).items() if name.isupper()}
+    assert values == {
+        "IGNORE_INDEX": -100,
+        "IMAGE_TOKEN_INDEX": -200,
+        "DEFAULT_IMAGE_TOKEN": "<image>",
+        "DEFAULT_IMAGE_PATCH_TOKEN": "<im_patch>",
+        "DEFAULT_IM_START_TOKEN": "<im_start>",
+        "DEFAULT_IM_END_TOKEN": "<im_end>",
+        "IMAGE_PLACEHOLDER": "<image-placeholder>",
+    }
+
+
+def test_conversations_have_llavas_methods_and_fields():
+    conversation = llava_saep.conv_templates["vicuna_v1"].copy()
+    conversation.append_message(conversation.roles[0], "<image>\nHi")
+    conversation.append_message(conversation.roles[1], None)
+    assert conversation.get_prompt().endswith("USER: <image>\nHi ASSISTANT:")
+    assert len(llava_saep.conv_templates["vicuna_v1"].messages) == 0
+    names = ["system", "roles", "messages", "offset", "sep_style", "sep", "sep2", "version", "skip_next"]
+    assert [field.name for field in dataclasses.fields(conversation)] == names
 
 
 @pytest.mark.slow

@@ -131,15 +131,23 @@ def test_processor_of_transformers_prepares_images_as_ours_does(tmp_path, bases,
         assert (batch["input_ids"] == placeholder).sum() == (own == placeholder).sum()
 
 
-def test_answers_of_a_left_padded_batch_equal_those_alone(bases, images):
+@pytest.mark.parametrize("who", ["ours", "transformers"])
+def test_left_padded_batch_gives_each_row_its_logits_and_answer_alone(tmp_path, bases, images, who):
+    """Positions are counted from the padding on here, and the rotary embedding knows distances alone."""
     checkpoint = build(bases)
+    model = checkpoint.model
+    if who == "transformers":
+        write_hf(checkpoint, tmp_path)
+        model = LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    together = checkpoint.processor(images=images, text=list(PROMPTS))
     own = [images[:1], images[1:3], []]
-    together = answers(checkpoint.model, checkpoint.processor(images=images, text=list(PROMPTS)))
-    alone = [
-        answers(checkpoint.model, checkpoint.processor(images=few or None, text=prompt))[0]
-        for few, prompt in zip(own, PROMPTS, strict=True)
-    ]
-    assert together == alone
+    alone = [checkpoint.processor(images=few or None, text=prompt) for few, prompt in zip(own, PROMPTS, strict=True)]
+    logits = logits_of(model, together)
+    assert len({batch["input_ids"].shape[1] for batch in alone}) == 3  # each row has another padding
+    for row, batch in zip(logits, alone, strict=True):
+        expected = logits_of(model, batch)[0]
+        torch.testing.assert_close(row[-len(expected) :], expected, atol=1e-5, rtol=0)
+    assert answers(model, together) == [answers(model, batch)[0] for batch in alone]
 
 
 @pytest.mark.parametrize("aspect_ratio", ["pad", "anyres"])
