@@ -6,6 +6,7 @@ The cases are found in the reference folder (LLAVA_SAEP_GOLDEN, shared layout), 
 import hashlib
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from llava_saep.data.images import (
     select_resolution,
     select_tile_grid,
 )
+from llava_saep.mm_utils import process_images
 
 from .llava_reference import REFERENCE_FOLDER as GOLDEN
 
@@ -136,6 +138,10 @@ def test_pinpoints_given_as_text_make_the_originals_crops(batch):
     aspect_ratio = batch["image_aspect_ratio"] or "square"
     made = [preprocess_image(image, clip_processor(side), aspect_ratio, pinpoints) for image in images]
     assert [list(pixels.shape) for pixels in made] == batch["shapes"]
+    config = SimpleNamespace(image_aspect_ratio=batch["image_aspect_ratio"], image_grid_pinpoints=str(pinpoints))
+    together = process_images(images, clip_processor(side), config)
+    assert ("Tensor" if torch.is_tensor(together) else "list") == batch["type"]
+    assert all(torch.equal(one, other) for one, other in zip(together, made, strict=True))
 
 
 @pytest.mark.parametrize("case", REFERENCE["expand2square"], ids=lambda case: case["file"])

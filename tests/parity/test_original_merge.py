@@ -372,6 +372,11 @@ def test_generated_tokens_equal_the_originals(models, tensors, case):
         assert case["top2_margin"][step] < 1e-4, f"another token at step {step}"
         return
     assert found == case["new_ids"]
+    if case["same_without_cache"]:
+        without = model.generate(
+            **batch, do_sample=False, max_new_tokens=24, pad_token_id=0, use_cache=False, **case["kw"]
+        )
+        assert torch.equal(without, output)
 
 
 TABLES = {

@@ -6,7 +6,7 @@ Rows are those of the table of LLaVA's surprises (prompts, 1 to 6): what is kept
 import pytest
 
 from llava_saep.data.conversation import Turn, segments_text
-from llava_saep.data.llava_conversation import conv_templates
+from llava_saep.data.llava_conversation import conv_templates, default_conversation
 from llava_saep.data.templates import TEMPLATE_NAMES, conversation_template
 
 from .llava_reference import read_json
@@ -77,6 +77,13 @@ def test_attributes_equal_llavas(name):
 
 def test_every_name_is_a_template():
     assert set(PROMPTS) == set(REFERENCE["templates"]) == set(TEMPLATE_NAMES)
+
+
+def test_default_conversation_is_llavas():
+    names = [
+        name for name, kept in REFERENCE["templates"].items() if REFERENCE["default_conversation"] in kept["variable"]
+    ]
+    assert names and all(conv_templates[name] == default_conversation for name in names)
 
 
 def _renders_alike(name, scenario):
