@@ -37,9 +37,8 @@ def lora_target_pattern(model: nn.Module) -> str:
 def add_lora(model: nn.Module, config: LoraConfig) -> PeftModel:
     """Wrap a model with adapters; all its other weights stop learning.
 
-    The adapters take the dtype of the weights that they stand beside: ZeRO-3 keeps one dtype per group, and fails on
-    float32 adapters in a bf16 model. Beside quantised weights they start in float32, and DeepSpeed casts them with the
-    rest of the model.
+    The adapters take the dtype of the model's weights: ZeRO-3 keeps one dtype per group, and fails on float32 adapters
+    in a bf16 model; under autocast, where weights are float32, adapters in bf16 would lose their small updates.
     """
     import peft
 
@@ -51,4 +50,10 @@ def add_lora(model: nn.Module, config: LoraConfig) -> PeftModel:
         target_modules=lora_target_pattern(model),
         task_type="CAUSAL_LM",
     )
-    return peft.get_peft_model(model, lora, autocast_adapter_dtype=False)
+    adapted = peft.get_peft_model(model, lora, autocast_adapter_dtype=False)
+    dtype = model.lm_head.weight.dtype  # the head is never rounded
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name and parameter.dtype != dtype:
+            # peft gives those beside 4-bit weights the dtype that the layer multiplies in.
+            parameter.data = parameter.data.to(dtype)
+    return adapted

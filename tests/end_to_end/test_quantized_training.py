@@ -123,7 +123,7 @@ def test_adapter_answers_when_loaded_in_the_bits_that_it_was_trained_with(qlora)
 def test_resumed_run_equals_one_without_a_break(bits, stage, bases, conversations, tmp_path):
     """Bit for bit, dropout included; the checkpoint does not repeat the frozen language model."""
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    flags = {**LORA, "lora_dropout": 0.1, "bits": bits, "save_strategy": "steps", "save_steps": 2}
+    flags = {**LORA, "lora_dropout": 0.1, "bits": bits, "bf16": True, "save_strategy": "steps", "save_steps": 2}
     if stage:
         flags["deepspeed"] = deepspeed_json(stage)
     argv = training_flags(bases, conversations, whole, **flags)

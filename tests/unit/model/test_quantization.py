@@ -15,6 +15,8 @@ from llava_saep.data.images import load_image
 from llava_saep.errors import UserError
 from llava_saep.model.loading import build_model, build_processor, build_tokenizer, load_model
 from llava_saep.model.quantization import QuantizationConfig, num_weights, quantize_language_model
+from llava_saep.train.config import LoraConfig
+from llava_saep.train.lora import add_lora
 from llava_saep.train.trainable import count_parameters
 from projectors import select_projector
 from tests.fixtures.quantization import needs_bitsandbytes
@@ -198,6 +200,18 @@ def test_counts_are_those_of_the_model_that_was_rounded(rounded, loaded):
         part.num_parameters for part in count_parameters(loaded)
     ]
     assert num_weights(nn.Linear(3, 4).weight) == 12
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_learn_in_the_dtype_of_the_models_weights(bits, dtype, folders):
+    """Without DeepSpeed these are float32 whatever the layers multiply in."""
+    model = load_model(folders["own"], dtype=dtype)
+    quantize_language_model(model, QuantizationConfig(bits=bits), compute_dtype=torch.bfloat16, device="cpu")
+    adapted = add_lora(model, LoraConfig(rank=2))
+    dtypes = {parameter.dtype for name, parameter in adapted.named_parameters() if "lora_" in name}
+    assert dtypes == {dtype}
+    assert sum("lora_A" in name for name, _ in adapted.named_parameters()) == 7 * 2  # each linear layer has one
 
 
 def test_llavas_adapter_is_merged_before_the_language_model_is_rounded():
