@@ -1,7 +1,7 @@
 """Plans and runs the sides: each in a process of its own, in turns, so that what disturbs one disturbs all alike.
 
 On a processor all sides stay alive and take their steps round by round. On a GPU there is room for one at a time: each
-process lives for its steps of a round. A side that fails leaves its error, and the others go on.
+process builds its model when its turn comes and ends with it. A side that fails leaves its error, and the others go on.
 """
 
 import multiprocessing
@@ -24,7 +24,7 @@ from llava_saep.bench.training.work import StepWork, peak_flops, step_work, util
 from llava_saep.model.vision_tower import resolve_layer
 from projectors import ProjectorConfig
 
-_SECONDS_TO_END = 60
+_SECONDS_TO_END = 20
 _LOG_LINES = 8
 
 
@@ -171,24 +171,21 @@ class TrainingBenchmark:
     def run(self) -> None:
         """Take all turns; no process is left behind, whatever happens."""
         try:
+            for name in self._results:
+                self._start(name)  # all at once, since importing takes each a while
             if self.keeps_processes:
-                self._warm_up_all()
+                for name in self._results:
+                    self._attempt(name, "building and warming up", self._warm_up)
             for round_index, name in interleaved(list(self._results), self.num_rounds):
                 self._attempt(name, f"round {round_index + 1} of {self.num_rounds}", self._take_turn)
         finally:
             for name in list(self._processes):
                 self._processes.pop(name).end()
 
-    def _warm_up_all(self) -> None:
-        """Start all at once, since importing takes each a while, and warm one after the other up."""
-        for name in self._results:
-            self._start(name)
-        for name in self._results:
-            self._attempt(name, "building and warming up", self._warm_up)
-
     def _take_turn(self, name: str) -> None:
-        if not self.keeps_processes:
+        if name not in self._processes:
             self._start(name)
+        if not self.keeps_processes:
             self._warm_up(name)
         for _ in range(self.steps_per_round):
             step = self._processes[name].step()
@@ -202,7 +199,8 @@ class TrainingBenchmark:
         self._processes[name] = SideProcess(self._results[name].side, self.workload, log_path)
 
     def _warm_up(self, name: str) -> None:
-        """Take the steps that are forgotten; the first says how many conversations there is memory for."""
+        """Build, and take the steps that are forgotten; the first says how many conversations there is memory for."""
+        self._processes[name].begin(self.workload.batch_size)
         for _ in range(self.num_warmup):
             step = self._processes[name].step()
             self._adopt_batch_size(step.batch_size)
@@ -240,6 +238,13 @@ class SideProcess:
         self._process: BaseProcess = context.Process(target=run_side, args=arguments, daemon=True)
         self._process.start()
         other_end.close()  # so that the end of the process is seen as the end of its messages
+
+    def begin(self, batch_size: int) -> None:
+        """Have it build its model for so many conversations per step; until then it holds no memory of the device."""
+        try:
+            self._connection.send(batch_size)
+        except OSError as error:
+            raise SideFailure(self._end_without_words()) from error
 
     def step(self) -> Step:
         """Have it take one step.

@@ -119,7 +119,7 @@ class Failure:
 
 
 def run_side(side: Side, workload: TrainingWorkload, log_path: str, connection: Connection) -> None:
-    """Be the process: for each message "step" take one and answer a `Step` or, for the last time, a `Failure`."""
+    """Be the process: told a batch size, build; for each "step" answer a `Step`, or for the last time a `Failure`."""
     with _output_to(log_path):
         try:
             _train_as_told(side, workload, connection)
@@ -147,6 +147,7 @@ def _train_as_told(side: Side, workload: TrainingWorkload, connection: Connectio
     if workload.num_threads is not None:
         torch.set_num_threads(workload.num_threads)
     device = torch.device(workload.device)
+    workload = replace(workload, batch_size=connection.recv())
     while True:
         clock = StepClock(connection, device, workload.batch_size)
         try:
@@ -238,6 +239,8 @@ class StepClock(TrainerCallback):
         self.num_steps = 0
         self._connection, self._device, self._batch_size = connection, device, batch_size
         self._memory_before = resident_bytes()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         self._num_positions = 0
         self._first_loss: float | None = None
         self._start = self._cpu_start = 0.0

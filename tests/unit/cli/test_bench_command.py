@@ -42,10 +42,9 @@ def test_a_side_that_fails_leaves_the_others_their_numbers(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("train", ["projector", "lora", "full"])
-def test_all_sides_are_measured_and_agree_on_the_first_loss(train, tmp_path, capsys):
+def test_all_sides_are_measured_and_agree_on_the_first_loss(tmp_path, capsys):
     path = tmp_path / "report.json"
-    assert main([*TINY, "--train", train, "--steps", "2", "--json", str(path)]) == 0
+    assert main([*TINY, "--train", "lora", "--steps", "2", "--json", str(path)]) == 0
     document = json.loads(path.read_text())
     assert [len(side["steps"]) for side in document["sides"]] == [2, 2, 2]
     assert document["first_loss_disagreement"] < 1e-5

@@ -21,6 +21,7 @@ CPU = torch.device("cpu")
 def take_steps(side, workload, count):
     """Be told to take so many steps and then to stop -> what the side answered."""
     ours, theirs = multiprocessing.Pipe()
+    ours.send(workload.batch_size)
     for _ in range(count):
         ours.send("step")
     ours.send("stop")
@@ -123,7 +124,7 @@ def test_batch_is_halved_until_the_first_step_fits(tmp_path, monkeypatch):
     sides, workload = plan(tmp_path, "saep", "--batch_size", "32")
     attempt = OutOfMemoryAbove(10)
     monkeypatch.setattr(side_module, "_train", attempt)
-    side_module._train_as_told(sides[0], workload, connection=None)
+    take_steps(sides[0], workload, count=0)
     assert attempt.tried == [32, 16, 8]
 
 
@@ -131,4 +132,4 @@ def test_out_of_memory_with_a_single_conversation_is_told(tmp_path, monkeypatch)
     sides, workload = plan(tmp_path, "saep", "--batch_size", "2")
     monkeypatch.setattr(side_module, "_train", OutOfMemoryAbove(0))
     with pytest.raises(torch.OutOfMemoryError):
-        side_module._train_as_told(sides[0], workload, connection=None)
+        take_steps(sides[0], workload, count=0)
