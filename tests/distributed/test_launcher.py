@@ -34,12 +34,12 @@ def launch(argv, folder, timeout_seconds=200):
     )
 
 
-def test_launcher_trains_two_ranks_with_a_shipped_config(bases, conversations, tmp_path):
+def test_launcher_trains_two_ranks_with_llavas_path_of_a_shipped_config(bases, conversations, tmp_path):
     argv = training_flags(
         bases,
         conversations,
         tmp_path / "out",
-        deepspeed=REPOSITORY / "deepspeed_configs" / "zero2.json",
+        deepspeed="./scripts/zero2.json",
         per_device_train_batch_size=2,
         max_steps=2,
     )

@@ -1,6 +1,8 @@
 """LLaVA's flags keep their names, defaults and abbreviations, and its scripts mean here what they mean there."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 import transformers
@@ -212,3 +214,15 @@ def test_script_keeps_what_all_of_llavas_scripts_say(script):
     assert {name: getattr(made, name) for name in defaults} == defaults
     assert not defaults.keys() & arguments.keys()
     assert "save_total_limit" not in arguments  # applied only after a checkpoint is known to be complete
+
+
+def test_documentation_names_every_flag_of_llava():
+    page = (Path(__file__).parents[2] / "docs" / "coming_from_llava.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`--([\w-]+)", page))
+    unchanged = {"remove_unused_columns"}  # transformers' own, whose only value here is LLaVA's
+    assert set(LLAVA_FLAGS) - named == unchanged
+
+
+def test_hub_models_are_kept_where_the_flag_says(tmp_path):
+    flags = LLAVA_SCRIPTS["finetune.sh"] | {"cache_dir": str(tmp_path)}
+    assert parse_arguments(argument_list(flags)).model.hub_cache == str(tmp_path)

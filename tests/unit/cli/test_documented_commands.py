@@ -46,7 +46,13 @@ def test_projector_that_breaks_the_contract_exits_with_1(tmp_path, capsys):
     assert "failed   output_has_the_promised_shape" in capsys.readouterr().out
 
 
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "playground/recipes/README.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/architecture.md",
+    "docs/coming_from_llava.md",
+    "playground/recipes/README.md",
+)
 
 
 @pytest.mark.parametrize("page", PAGES)

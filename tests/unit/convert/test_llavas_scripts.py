@@ -1,11 +1,15 @@
 """LLaVA's own scripts for adapters and projectors, called with LLaVA's flags."""
 
 import importlib.util
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from llava_saep.model import consolidate
 
 ROOT = Path(__file__).parents[3]
 CHECKPOINTS = ROOT / "tests" / "golden" / "llava" / "checkpoints"
@@ -45,6 +49,24 @@ def test_extract_mm_projector_writes_llavas_keys(tmp_path, script):
     extracted = torch.load(output, weights_only=True)
     assert extracted.keys() == {name for name in stored if "mm_projector" in name}
     assert all(torch.equal(tensor, stored[name]) for name, tensor in extracted.items())
+
+
+def test_consolidate_joins_the_files_of_a_model_in_its_own_format(tmp_path):
+    model = CHECKPOINTS / "llava_tiny_v15"
+    stored = load_file(model / "model.safetensors")
+    parts = tmp_path / "parts"
+    shutil.copytree(model, parts, ignore=shutil.ignore_patterns("model.safetensors"))
+    names = {name: f"pytorch_model-0000{1 + index % 2}-of-00002.bin" for index, name in enumerate(sorted(stored))}
+    for file in sorted(set(names.values())):
+        torch.save({name: tensor for name, tensor in stored.items() if names[name] == file}, parts / file)
+    (parts / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    shutil.copytree(CHECKPOINTS / "clip_tiny", tmp_path / "clip_tiny")
+    assert consolidate.main(["--src", str(parts), "--dst", str(tmp_path / "whole")]) == 0
+    (file,) = [path for path in (tmp_path / "whole").iterdir() if path.suffix in (".bin", ".safetensors")]
+    written = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["model_type"] == "llava_llama"
+    assert written.keys() == stored.keys()
+    assert all(written[name].equal(tensor) for name, tensor in stored.items())
 
 
 def test_script_ends_with_the_commands_code(tmp_path, script, capsys):
