@@ -13,7 +13,9 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +31,15 @@ _WEIGHTS_PATTERN = re.compile(
     r"|adapter_config\.json"
 )
 """Files that make a saved folder what it is; see `llava_saep.model.loading.inspect_folder`."""
+_OWNER_PATTERN = re.compile(r"(?:zero_pp_rank_|rng_state_)(\d+)")
+"""In the name of a file that each rank writes for itself: DeepSpeed's shards and the state of random numbers."""
+_MAX_HASHING_THREADS = 8
+_WRITE_FAILURE_PATTERN = re.compile(r"inline_container|iostream error|I/O error|os error \d+")
+"""How torch, safetensors and tokenizers report a disk that takes no more, beside OSError."""
+
+
+class SavingError(UserError):
+    """Something could not be written to disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +51,7 @@ class CheckpointFacts:
         world_size: ranks whose optimizer shards lie in the checkpoint.
         zero_stage: DeepSpeed's stage; None without DeepSpeed.
         trainable: shape of each parameter that learns, by name.
+        samples_per_step: of all ranks and accumulated batches; None: saved before this was written down.
         is_resumable: False: weights alone were saved (`--save_only_model True`).
         quantization: `--bits` and its companions, in words; None: the language model is not rounded.
     """
@@ -48,6 +60,7 @@ class CheckpointFacts:
     world_size: int
     zero_stage: int | None
     trainable: Mapping[str, tuple[int, ...]]
+    samples_per_step: int | None = None
     is_resumable: bool = True
     quantization: str | None = None
 
@@ -57,28 +70,60 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _hash_files(paths: Sequence[Path]) -> list[str]:
+    """Compute checksums in parallel: hashlib lets other threads run, and one alone is slower than most disks."""
+    num_threads = max(1, min(_MAX_HASHING_THREADS, os.cpu_count() or 1, len(paths)))
+    with ThreadPoolExecutor(num_threads) as pool:
+        return list(pool.map(_sha256, paths))
+
+
 def _files_of(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)
 
 
-def write_manifest(folder: Path, facts: CheckpointFacts) -> Path:
+def _owner(name: str, world_size: int) -> int:
+    """Which rank wrote a file: its own shards, and rank 0 the rest."""
+    match = _OWNER_PATTERN.search(name)
+    owner = 0 if match is None else int(match[1])
+    return owner if owner < world_size else 0
+
+
+def describe_files(folder: Path, *, rank: int = 0, world_size: int = 1) -> dict[str, dict[str, int | str]]:
+    """Size and checksum of the files that a rank has written, which its machine still has in memory.
+
+    Call it after a barrier that follows the last write of every rank. All ranks' answers together make a manifest.
+
+    Returns:
+        by path inside the folder: "bytes" and "sha256".
+    """
+    paths = [path for path in _files_of(folder) if _owner(path.name, world_size) == rank]
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": checksum}
+        for path, checksum in zip(paths, _hash_files(paths), strict=True)
+    }
+
+
+def write_manifest(
+    folder: Path, facts: CheckpointFacts, files: Mapping[str, Mapping[str, int | str]] | None = None
+) -> Path:
     """List every file of a finished checkpoint, with size and checksum; the manifest appears in one step.
 
-    Call it on one rank, after a barrier that follows the last write of every rank.
+    Call it on one rank.
+
+    Args:
+        files: from `describe_files` of every rank; None: looked at here.
     """
-    files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in _files_of(folder)
-    }
+    files = describe_files(folder) if files is None else files
     manifest = {
         "format": _MANIFEST_FORMAT,
         "global_step": facts.global_step,
         "world_size": facts.world_size,
         "zero_stage": facts.zero_stage,
         "trainable": {name: list(shape) for name, shape in facts.trainable.items()},
+        "samples_per_step": facts.samples_per_step,
         "is_resumable": facts.is_resumable,
         "quantization": facts.quantization,
-        "files": files,
+        "files": dict(sorted(files.items())),
     }
     partial = folder / f"{MANIFEST_NAME}.partial"
     with partial.open("w") as file:
@@ -111,6 +156,7 @@ def read_facts(folder: Path) -> CheckpointFacts:
         world_size=manifest["world_size"],
         zero_stage=manifest["zero_stage"],
         trainable={name: tuple(shape) for name, shape in manifest["trainable"].items()},
+        samples_per_step=manifest.get("samples_per_step"),
         is_resumable=manifest["is_resumable"],
         quantization=manifest.get("quantization"),  # manifests are older than quantised training
     )
@@ -132,8 +178,9 @@ def why_incomplete(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != expected["bytes"]:
             return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-    for name, expected in manifest["files"].items():
-        if _sha256(folder / name) != expected["sha256"]:
+    names = list(manifest["files"])
+    for name, checksum in zip(names, _hash_files([folder / name for name in names]), strict=True):
+        if checksum != manifest["files"][name]["sha256"]:
             return f"{name} has another content than when it was saved"
     return None
 
@@ -198,15 +245,12 @@ def choose_checkpoint(output_dir: Path, resume: str) -> Path | None:
 def check_same_run(folder: Path, found: CheckpointFacts, current: CheckpointFacts) -> None:
     """Refuse to load optimizer state into a run that it does not belong to.
 
+    Another number of ranks is none of the reasons: the shards are put together for it (`llava_saep.train.universal`).
+
     Raises:
-        UserError: the number of ranks, the ZeRO stage, the quantisation or the set of learning parameters differs.
+        UserError: the ZeRO stage, the quantisation, the set of learning parameters, or the samples of a step differ.
     """
     advice = "go on with the settings of that run, or start anew with --resume never and another --output_dir"
-    if found.world_size != current.world_size:
-        raise UserError(
-            f"{folder} was saved by {found.world_size} rank(s), this run has {current.world_size}: optimizer shards "
-            f"fit their own number of ranks; {advice}"
-        )
     if found.zero_stage != current.zero_stage:
         raise UserError(
             f"{folder} was saved under ZeRO stage {found.zero_stage}, this run has {current.zero_stage}; {advice}"
@@ -216,17 +260,70 @@ def check_same_run(folder: Path, found: CheckpointFacts, current: CheckpointFact
             f"{folder} was saved beside a language model of {found.quantization or '16 bits or more'}, this run has "
             f"{current.quantization or '16 bits or more'} (--bits, --quant_type, --double_quant); {advice}"
         )
-    if found.trainable != current.trainable:
-        names = sorted(
-            name
-            for name in found.trainable.keys() | current.trainable.keys()
-            if found.trainable.get(name) != current.trainable.get(name)
-        )
-        name = names[0]
+    _check_same_parameters(folder, found, current, advice)
+    if found.samples_per_step not in (None, current.samples_per_step):
         raise UserError(
-            f"{folder} belongs to a run that trains other parameters ({len(names)} differ, such as {name!r}: "
-            f"saved {found.trainable.get(name)}, now {current.trainable.get(name)}); {advice}"
+            f"{folder} was saved by a run of {found.samples_per_step} samples per step on {found.world_size} rank(s), "
+            f"this one takes {current.samples_per_step} on {current.world_size}: its place in the data and its "
+            "schedule count steps. Choose --per_device_train_batch_size and --gradient_accumulation_steps so that "
+            f"their product with the number of ranks is {found.samples_per_step}, or start anew with --resume never"
         )
+
+
+def _check_same_parameters(folder: Path, found: CheckpointFacts, current: CheckpointFacts, advice: str) -> None:
+    if found.trainable == current.trainable:
+        return
+    names = sorted(
+        name
+        for name in found.trainable.keys() | current.trainable.keys()
+        if found.trainable.get(name) != current.trainable.get(name)
+    )
+    name = names[0]
+    raise UserError(
+        f"{folder} belongs to a run that trains other parameters ({len(names)} differ, such as {name!r}: "
+        f"saved {found.trainable.get(name)}, now {current.trainable.get(name)}); {advice}"
+    )
+
+
+# Disks that take no more
+
+
+def _is_write_failure(error: BaseException | None) -> bool:
+    """Whether an exception, or what led to it, says that a file could not be written."""
+    while error is not None:
+        if isinstance(error, OSError) or _WRITE_FAILURE_PATTERN.search(str(error)):
+            return True
+        error = error.__context__
+    return False
+
+
+def _free_space(folder: Path) -> str:
+    place = folder
+    while not place.is_dir():
+        place = place.parent
+    usage = shutil.disk_usage(place)
+    return f"{usage.free / 2**20:,.1f} MiB of {usage.total / 2**20:,.1f} MiB are free there"
+
+
+@contextmanager
+def removing_what_fails(folder: Path) -> Iterator[None]:
+    """Delete a folder that cannot be written to its end, so that it does not fill the disk, and say why.
+
+    Raises:
+        SavingError: a file in the folder could not be written, with the free space.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_write_failure(error):
+            raise
+        shown = str(error).strip() or type(error).__name__
+        space = _free_space(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        raise SavingError(
+            f"{folder} could not be written ({shown}); {space}. It was removed, what was complete before is untouched. "
+            "Make room, or keep fewer checkpoints (--save_total_limit), and give the same command again to go on"
+        ) from error
 
 
 def remove_old_checkpoints(output_dir: Path, *, keep: int | None) -> list[Path]:

@@ -104,6 +104,28 @@ def broadcast_object(value: T) -> T:
     return box[0]
 
 
+def is_true_anywhere(claim: bool, device: torch.device | str = "cpu") -> bool:
+    """Whether any rank claims it; every rank must ask.
+
+    Args:
+        device: on which the process group's backend works.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return claim
+    flag = torch.tensor(int(claim), device=device)
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+def gather_on_rank_zero(value: T) -> list[T]:
+    """Return every rank's value, in the order of ranks, on rank 0; an empty list elsewhere."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values if is_rank_zero() else []
+
+
 # Start
 
 

@@ -41,9 +41,10 @@ from llava_saep.model.quantization import QuantizationConfig, quantize_language_
 from llava_saep.model.reading import read_image_processor
 from llava_saep.model.vision_tower import unused_tower_parameters
 from llava_saep.model.vocabulary import START_END_TOKENS, add_special_tokens, check_special_tokens, with_room_for
-from llava_saep.train import checkpointing, distributed
+from llava_saep.train import checkpointing, distributed, universal
 from llava_saep.train.attention import check_attention, choose_attention, library_attention
 from llava_saep.train.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from llava_saep.train.interruption import RunStopped, StopCallback, StopWatch
 from llava_saep.train.lora import add_lora
 from llava_saep.train.trainable import set_trainable, trainable_table
 from llava_saep.train.trainer import LlavaTrainer, order_seed
@@ -68,8 +69,13 @@ def train(config: RunConfig) -> None:
 
     Raises:
         UserError, ProjectorError: a file, flag or record is wrong; nothing half-written is left.
+        RunStopped: a signal ended the run early; it goes on from its newest checkpoint.
     """
-    with trusting_projector_code(config.model.trust_projector_code), hub_cache(config.model.hub_cache):
+    with (
+        trusting_projector_code(config.model.trust_projector_code),
+        hub_cache(config.model.hub_cache),
+        StopWatch() as watch,
+    ):
         check_paths(config)
         processor, model_config = plan_model(config)
         arguments = start(config.training)
@@ -83,7 +89,7 @@ def train(config: RunConfig) -> None:
         model = choose_trainable(model, config.training, arguments)
         rows = pack(dataset, arguments, padding_free=padding_free) if config.data.packing else dataset
         trainer = make_trainer(model, processor, rows, config, arguments, padding_free=padding_free)
-        run_loop(trainer, checkpoint)
+        run_loop(trainer, checkpoint, watch)
         save_result(trainer)
 
 
@@ -573,39 +579,70 @@ def make_trainer(
     )
 
 
-def run_loop(trainer: LlavaTrainer, checkpoint: Path | None) -> None:
+def run_loop(trainer: LlavaTrainer, checkpoint: Path | None, watch: StopWatch) -> None:
     """Train to the end, from a checkpoint if there is one.
 
     Raises:
-        RankError: this rank met a record that cannot be used.
+        RankError: this rank met a record that cannot be used, or could not write.
         UserError: the checkpoint belongs to another run.
+        RunStopped: the run was told to stop.
     """
     if checkpoint is not None:
-        facts = checkpointing.read_facts(checkpoint)
-        checkpointing.check_same_run(checkpoint, facts, trainer.checkpoint_facts())
+        prepare_resuming(trainer, checkpoint)
     if trainer.args.should_save:
         checkpointing.set_aside(Path(trainer.args.output_dir), resumed=checkpoint)
+    stop = StopCallback(watch, trainer.args.device)
+    trainer.add_callback(stop)
+    watch.accept_signals()
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except (UserError, ProjectorError) as error:
         raise RankError(f"rank {distributed.rank()}: {error}") from error
+    if stop.has_stopped:
+        raise RunStopped
     skipped = trainer.train_dataset.skipped
     if skipped:
         logger.warning("skipped records, by reason: %s", dict(skipped))
 
 
+def prepare_resuming(trainer: LlavaTrainer, checkpoint: Path) -> None:
+    """Check that the checkpoint is this run's, and put its shards together where the number of ranks has changed.
+
+    Raises:
+        UserError: it belongs to another run, or there is no room to convert it.
+    """
+    found, current = checkpointing.read_facts(checkpoint), trainer.checkpoint_facts()
+    checkpointing.check_same_run(checkpoint, found, current)
+    if found.world_size == current.world_size:
+        return
+    logger.warning(
+        "%s was saved by %d rank(s), this run has %d: steps hold the same samples, but random numbers (dropout) differ",
+        checkpoint,
+        found.world_size,
+        current.world_size,
+    )
+    if current.zero_stage:  # without ZeRO, and at its stage 0, the optimizer's state is whole
+        output_dir = Path(trainer.args.output_dir)
+        trainer.converted_checkpoint = _on_rank_zero(lambda: universal.convert(checkpoint, output_dir))
+
+
 def save_result(trainer: LlavaTrainer) -> None:
-    """Write the trained model, its processor and the log of losses (trainer_state.json) into output_dir."""
+    """Write the trained model, its processor and the log of losses (trainer_state.json) into output_dir.
+
+    Raises:
+        SavingError: the disk is full.
+    """
     output_dir = Path(trainer.args.output_dir)
     staging = output_dir / STAGING_NAME
     if trainer.args.should_save:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
     distributed.barrier()
-    trainer.save_model(str(staging))
-    distributed.barrier()
-    if trainer.args.should_save:
-        trainer.state.save_to_json(str(staging / "trainer_state.json"))
-        checkpointing.publish(staging, output_dir)
-        logger.info("the trained model is in %s", output_dir)
+    with checkpointing.removing_what_fails(staging):
+        trainer.save_model(str(staging))
+        distributed.barrier()
+        if trainer.args.should_save:
+            trainer.state.save_to_json(str(staging / "trainer_state.json"))
+            checkpointing.publish(staging, output_dir)
+            logger.info("the trained model is in %s", output_dir)
     distributed.barrier()

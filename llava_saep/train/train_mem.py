@@ -31,16 +31,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments without the program; None: those of this process.
     Returns:
-        the exit code: 0, or 2 after a mistake that the user can correct. Its message is printed once on each machine,
-        or by the rank that met it alone. Any other failure raises, so that the launcher sees this rank fail.
+        the exit code: 0; 143 if the run was told to stop and can go on; or 2 after a mistake that the user can correct,
+        whose message is printed once on each machine, or by the rank that met it alone. Any other failure raises, so
+        that the launcher sees this rank fail.
     """
     distributed.configure_logging()
     distributed.quieten_libraries()
     from llava_saep.arguments import parse_arguments
+    from llava_saep.train.interruption import STOPPED_EXIT_CODE, RunStopped
     from llava_saep.train.run import RankError, train
 
     try:
         train(parse_arguments(argv))
+    except RunStopped:
+        return STOPPED_EXIT_CODE
     except (UserError, ProjectorError) as error:
         # Each machine has its launcher, which may end this rank before another machine's has spoken.
         if distributed.is_first_of_machine() or isinstance(error, RankError):

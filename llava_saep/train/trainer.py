@@ -1,8 +1,8 @@
 """The smallest subclass of transformers' Trainer that trains this project's models.
 
-It changes five things: the order of samples, what is counted, the optimizer's groups, what is written, and when a
-checkpoint counts as complete. The loop, the loss over the tokens of a whole optimizer step, logging and schedules are
-the library's.
+It changes six things: the order of samples, what is counted, the optimizer's groups, what is written, when a checkpoint
+counts as complete, and how one is loaded. The loop, the loss over the tokens of a whole optimizer step, logging and
+schedules are the library's.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
 from llava_saep.data.sampler import LengthGroupedSampler, padding_share
 from llava_saep.errors import UserError
 from llava_saep.model.loading import load_projector_weights, read_weights_file
-from llava_saep.train import checkpointing, saving
+from llava_saep.train import checkpointing, distributed, saving, universal
 from llava_saep.train.config import TrainingConfig
 from llava_saep.train.distributed import barrier
+from llava_saep.train.interruption import shielded
 from llava_saep.train.optimizer import parameter_groups
 from llava_saep.train.throughput import Throughput
 
@@ -49,6 +50,8 @@ class LlavaTrainer(Trainer):
         self.config = config
         self.throughput = Throughput(self.base_model.config.image_token_id)
         self.output_kind = saving.output_kind(config.trainable)
+        self.converted_checkpoint: Path | None = None
+        """Where the shards of the checkpoint to go on from lie for another number of ranks; deleted after loading."""
         self._set_use_cache(self.args.use_cache)  # the library sets it on the outer config alone
 
     @property
@@ -57,6 +60,11 @@ class LlavaTrainer(Trainer):
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     # Order of samples and optimizer
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        loader.worker_init_fn = shielded(loader.worker_init_fn)
+        return loader
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
         by_length = self.args.train_sampling_strategy == "group_by_length"
@@ -161,6 +169,7 @@ class LlavaTrainer(Trainer):
                 for name, parameter in self.model.named_parameters()
                 if parameter.requires_grad
             },
+            samples_per_step=self.get_total_train_batch_size(self.args),
             is_resumable=not self.args.save_only_model,
             quantization=None if self.base_model.quantization is None else str(self.base_model.quantization),
         )
@@ -174,23 +183,50 @@ class LlavaTrainer(Trainer):
         if self.args.should_save and folder.exists():
             shutil.rmtree(folder)  # torn: a complete one would have been resumed from
         barrier()
-        super()._save_checkpoint(model, trial)
-        barrier()  # every rank's shard and random state are on disk
+        with checkpointing.removing_what_fails(folder):
+            super()._save_checkpoint(model, trial)
+            barrier()  # every rank's shard and random state are on disk
+            described = checkpointing.describe_files(folder, rank=distributed.rank(), world_size=self.args.world_size)
+            parts = distributed.gather_on_rank_zero(described)
+            if self.args.should_save:
+                files = {name: entry for part in parts for name, entry in part.items()}
+                checkpointing.write_manifest(folder, self.checkpoint_facts(), files)
         if self.args.should_save:
-            checkpointing.write_manifest(folder, self.checkpoint_facts())
             checkpointing.remove_old_checkpoints(Path(self.args.output_dir), keep=self.config.save_total_limit)
         barrier()
+
+    def _run_epoch(self, **kwargs) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            # The run ended between its last checkpoint and its result. The library would train one more step.
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         if resume_from_checkpoint is None or not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.converted_checkpoint is not None:
+            config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
         # The library loads strictly, which needs the frozen weights that our checkpoints leave out.
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
-        loaded, _ = model.load_checkpoint(str(resume_from_checkpoint), load_module_strict=False)
-        if loaded is None:
-            raise UserError(f"{resume_from_checkpoint}: DeepSpeed finds no state in it; choose another checkpoint")
-        self._load_optimizer_and_scheduler(str(resume_from_checkpoint))
+        self._load_deepspeed_checkpoint(model, str(resume_from_checkpoint))
         return model, train_dataloader
+
+    def _load_deepspeed_checkpoint(self, engine: nn.Module, checkpoint: str) -> None:
+        if self.converted_checkpoint is None:
+            loaded, _ = engine.load_checkpoint(checkpoint, load_module_strict=False)
+        else:
+            with universal.keeping_optimizer_apart(engine.optimizer.optimizer):
+                loaded, _ = engine.load_checkpoint(str(self.converted_checkpoint), load_module_strict=False)
+        if loaded is None:
+            raise UserError(f"{checkpoint}: DeepSpeed finds no state in it; choose another checkpoint")
+        self._load_optimizer_and_scheduler(checkpoint)
+        if self.converted_checkpoint is not None:
+            universal.set_learning_rates(engine.optimizer.optimizer, self.lr_scheduler.get_last_lr())
+            barrier()
+            if self.args.should_save:
+                shutil.rmtree(self.converted_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load weights without DeepSpeed."""

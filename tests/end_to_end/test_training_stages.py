@@ -10,11 +10,10 @@ import transformers
 
 from llava_saep.data.dataset import ConversationDataset
 from llava_saep.model.loading import build_model, build_tokenizer, load_model
-from llava_saep.train.checkpointing import why_incomplete
 from projectors import ProjectorError, select_projector
 from tests.fixtures.ranks import run_ranks, run_training, train_on_ranks
 from tests.fixtures.tiny import TinyBases, TinyData, write_bases, write_data
-from tests.fixtures.training import deepspeed_json, logged, loss_of_saved, resume_from_copy, training_flags
+from tests.fixtures.training import deepspeed_json, logged, loss_of_saved, training_flags
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
 
@@ -232,87 +231,6 @@ def test_users_own_projector_trains_under_zero3_and_loads_only_when_trusted(base
 
 
 # Resuming
-
-
-@pytest.mark.parametrize(
-    ("kind", "stage"),
-    [
-        ("full", None),
-        ("full", 2),
-        ("lora", 3),
-        ("packed", 2),
-        pytest.param("packed", None, marks=pytest.mark.slow),
-        pytest.param("packed", 3, marks=pytest.mark.slow),
-        pytest.param("projector", 2, marks=pytest.mark.slow),
-        pytest.param("lora", None, marks=pytest.mark.slow),
-        pytest.param("full", 3, marks=pytest.mark.slow),
-    ],
-)
-def test_resumed_run_equals_one_without_a_break(kind, stage, bases, conversations, tmp_path):
-    """Bit for bit: weights, optimizer, schedule, order of samples and random numbers all come back."""
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    flags = dict(STAGES[kind][0])
-    if kind == "lora":
-        flags["lora_dropout"] = 0.1  # random numbers take part
-    deepspeed = {"deepspeed": deepspeed_json(stage)} if stage else {}
-    argv = training_flags(
-        bases,
-        conversations,
-        whole,
-        **flags,
-        **deepspeed,
-        per_device_train_batch_size=1 if kind == "packed" else 2,  # 12 samples, 6 rows: step 2 is within an epoch
-        save_strategy="steps",
-        save_steps=2,
-        group_by_modality_length=kind == "full",
-    )
-    argv = shuffled(argv)
-    world_size = 2 if stage else 1
-    train_on_ranks(argv, world_size=world_size, output_dir=whole)
-    assert why_incomplete(whole / "checkpoint-2") is None
-    resume_from_copy(argv, whole, 2, resumed, world_size)
-    for name in ("loss", "grad_norm", "learning_rate"):
-        assert logged(resumed, name) == logged(whole, name)
-    log = (resumed / "ranks" / "rank_0.txt").read_text()
-    assert "passing over" in log and "checkpoint-3" in log
-    assert changed_parts(load_model(whole), load_model(resumed)) == set()
-
-
-def die_while_saving(argv: list[str]) -> int:
-    """Rank 1 is killed in the middle of the second checkpoint."""
-    from llava_saep.train import distributed
-    from llava_saep.train.trainer import LlavaTrainer
-
-    save = LlavaTrainer._save_rng_state
-
-    def save_or_die(self, output_dir):
-        if distributed.rank() == 1 and output_dir.endswith("checkpoint-4"):
-            os._exit(137)
-        save(self, output_dir)
-
-    LlavaTrainer._save_rng_state = save_or_die
-    return run_training(argv)
-
-
-def test_rank_killed_while_saving_leaves_no_checkpoint_to_be_resumed_from(bases, conversations, tmp_path):
-    argv = training_flags(
-        bases,
-        conversations,
-        tmp_path,
-        deepspeed=deepspeed_json(2),
-        save_strategy="steps",
-        save_steps=2,
-        save_total_limit=1,
-        tune_mm_mlp_adapter=True,
-    )
-    results = run_ranks(die_while_saving, argv, world_size=2, output_dir=tmp_path / "killed")
-    assert results[1].exit_code == 137
-    assert (tmp_path / "checkpoint-4" / "latest").is_file()  # what DeepSpeed alone would trust
-    assert (tmp_path / "checkpoint-2").is_dir()  # not deleted before checkpoint-4 was complete
-    train_on_ranks(argv, world_size=2, output_dir=tmp_path)
-    assert "checkpoint-2" in (tmp_path / "ranks" / "rank_0.txt").read_text()
-    assert len(logged(tmp_path, "loss")) == 4
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4"]
 
 
 def test_resuming_with_other_parameters_is_refused(bases, conversations, tmp_path):

@@ -9,18 +9,23 @@ from llava_saep.errors import UserError
 from llava_saep.train.checkpointing import (
     MANIFEST_NAME,
     CheckpointFacts,
+    SavingError,
     check_same_run,
     choose_checkpoint,
+    describe_files,
     find_newest_complete,
     publish,
     read_facts,
     remove_old_checkpoints,
+    removing_what_fails,
     set_aside,
     why_incomplete,
     write_manifest,
 )
 
-FACTS = CheckpointFacts(global_step=4, world_size=2, zero_stage=2, trainable={"projector.weight": (3, 4)})
+FACTS = CheckpointFacts(
+    global_step=4, world_size=2, zero_stage=2, trainable={"projector.weight": (3, 4)}, samples_per_step=8
+)
 
 
 def make_checkpoint(output_dir, step, *, finished=True):
@@ -115,7 +120,7 @@ def test_named_checkpoint_must_exist_and_be_complete(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"world_size": 4}, "saved by 2 rank"),
+        ({"samples_per_step": 4}, "8 samples per step on 2 rank.*takes 4 on 2.*product with the number of ranks is 8"),
         ({"zero_stage": 3}, "ZeRO stage 2"),
         ({"trainable": {"projector.weight": (3, 5)}}, "projector.weight"),
         ({"trainable": {}}, "trains other parameters"),
@@ -229,3 +234,48 @@ def test_published_model_appears_config_last(tmp_path, monkeypatch):
     assert moved[-1] == "config.json" and len(moved) == 4
     assert (tmp_path / "out" / "config.json").read_text() == "config.json"
     assert not staging.exists()
+
+
+def test_ranks_describe_together_what_one_alone_would(tmp_path):
+    """Each reads what it wrote itself, every file is read once, and the answers make the same manifest."""
+    for name in ("zero_pp_rank_0_mp_rank_00_optim_states.pt", "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"):
+        (tmp_path / name).write_bytes(name.encode())
+    for name in ("rng_state_0.pth", "rng_state_1.pth", "model.safetensors"):
+        (tmp_path / name).write_bytes(name.encode())
+    parts = [describe_files(tmp_path, rank=rank, world_size=2) for rank in range(2)]
+    assert set(parts[1]) == {"bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", "rng_state_1.pth"}
+    assert not parts[0].keys() & parts[1].keys()
+    assert parts[0] | parts[1] == describe_files(tmp_path)
+
+
+def test_resuming_on_another_number_of_ranks_is_no_other_run(tmp_path):
+    check_same_run(tmp_path, FACTS, dataclasses.replace(FACTS, world_size=1))
+
+
+def test_checkpoint_saved_before_samples_were_written_down_is_still_resumed_from(tmp_path):
+    check_same_run(tmp_path, dataclasses.replace(FACTS, samples_per_step=None), FACTS)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),  # torch.save
+        RuntimeError("basic_ios::clear: iostream error"),  # torch.save of something small
+        Exception("No space left on device (os error 28)"),  # tokenizers
+    ],
+)
+def test_what_could_not_be_written_is_removed_and_told_with_the_free_space(tmp_path, error):
+    folder = make_checkpoint(tmp_path, 4, finished=False)
+    with pytest.raises(SavingError, match=rf"{folder}.*MiB of .* MiB are free.*same command again"):
+        with removing_what_fails(folder):
+            raise error
+    assert not folder.exists()
+
+
+def test_failure_of_another_rank_is_not_taken_for_a_full_disk(tmp_path):
+    folder = make_checkpoint(tmp_path, 4, finished=False)
+    with pytest.raises(RuntimeError, match="Connection closed"):
+        with removing_what_fails(folder):
+            raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:36561")
+    assert folder.exists()
