@@ -34,6 +34,9 @@ class Run:
 
 
 BF16 = {"bf16": True}
+PACKED = {"packing": True, "per_device_train_batch_size": 1, "attn_implementation": "segments"}
+LORA = {"lora_enable": True, "lora_r": 4, "lora_dropout": 0.0}
+QLORA = {**LORA, "gradient_checkpointing": True}
 RUNS = {
     "cpu": Run(on_cpu=True),
     "no_deepspeed": Run(),
@@ -44,8 +47,14 @@ RUNS = {
     "bf16_zero2": Run(2, BF16),
     "bf16_zero3_checkpointed": Run(3, {**BF16, "gradient_checkpointing": True}),
     "fp16_zero2": Run(2, {"fp16": True}),
-    "lora_cpu": Run(None, {"lora_enable": True, "lora_r": 4, "lora_dropout": 0.0}, on_cpu=True),
-    "lora_zero3": Run(3, {"lora_enable": True, "lora_r": 4, "lora_dropout": 0.0}),
+    "lora_cpu": Run(None, LORA, on_cpu=True),
+    "lora_zero3": Run(3, LORA),
+    "packed_cpu": Run(None, PACKED, on_cpu=True),
+    "packed_zero2": Run(2, PACKED),
+    "packed_bf16_zero3": Run(3, {**PACKED, **BF16}),
+    "qlora4_cpu": Run(None, {**QLORA, "bits": 4}, on_cpu=True),
+    "qlora4_bf16_zero2": Run(2, {**QLORA, **BF16, "bits": 4}),
+    "qlora8_bf16_zero2": Run(2, {**QLORA, **BF16, "bits": 8}),
     "stage1_cpu": Run(None, {"tune_mm_mlp_adapter": True}, on_cpu=True),
     "stage1_zero2": Run(2, {"tune_mm_mlp_adapter": True}),
 }
@@ -71,7 +80,7 @@ def start(run: Run, bases: TinyBases, data: TinyData, output_dir: Path) -> subpr
 def outputs(tmp_path_factory) -> Iterator[dict[str, Path]]:
     """The output folder of every run, all of them ended."""
     folder = tmp_path_factory.mktemp("runs")
-    bases, data = write_bases(folder / "bases"), write_data(folder / "data", num_records=16)
+    bases, data = write_bases(folder / "bases", text_hidden_size=64), write_data(folder / "data", num_records=16)
     processes = {name: start(run, bases, data, folder / name) for name, run in RUNS.items()}
     try:
         for process in processes.values():
@@ -96,6 +105,7 @@ def history(outputs: Mapping[str, Path], name: str) -> tuple[list[float], list[f
         ("zero1", "cpu"),
         ("zero2", "cpu"),
         ("zero3", "cpu"),
+        ("packed_zero2", "packed_cpu"),
         ("lora_zero3", "lora_cpu"),
         ("stage1_zero2", "stage1_cpu"),
     ],
@@ -106,12 +116,30 @@ def test_float32_run_on_the_gpu_equals_the_cpu(outputs, name, reference):
         assert found == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["bf16", "bf16_zero2", "bf16_zero3_checkpointed"])
-def test_bf16_run_on_the_gpu_follows_the_float32_run(outputs, name):
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("bf16", "cpu"),
+        ("bf16_zero2", "cpu"),
+        ("bf16_zero3_checkpointed", "cpu"),
+        ("packed_bf16_zero3", "packed_cpu"),  # torch's variable-length kernel, where the CPU goes segment by segment
+    ],
+)
+def test_bf16_run_on_the_gpu_follows_the_float32_run(outputs, name, reference):
     """2e-2: losses of about six, whose weights and activations carry eight bits."""
     losses, _ = history(outputs, name)
-    expected, _ = history(outputs, "cpu")
+    expected, _ = history(outputs, reference)
     assert losses == pytest.approx(expected, abs=2e-2)
+
+
+@pytest.mark.parametrize("name", ["qlora4_bf16_zero2", "qlora8_bf16_zero2"])
+def test_quantised_run_on_the_gpu_follows_the_one_of_the_cpu(outputs, name):
+    """5e-2: 8 bits round the language model less than 4, and bf16 rounds what is multiplied with it."""
+    pytest.importorskip("bitsandbytes")
+    losses, _ = history(outputs, name)
+    expected, _ = history(outputs, "qlora4_cpu")
+    assert losses == pytest.approx(expected, abs=5e-2)
+    assert losses[-1] < losses[0]
 
 
 def test_fp16_run_learns_once_its_loss_scale_has_settled(outputs):
