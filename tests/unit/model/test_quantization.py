@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModel
 
 from llava_saep import load_pretrained_model, process_images, tokenizer_image_token
 from llava_saep.convert.checkpoint import Source
@@ -168,6 +169,42 @@ def test_sizes_that_come_out_wrong_on_the_cpu_are_refused():
     with pytest.raises(UserError, match="4 bits on the CPU: the language model's 0 has 96 inputs.*; use 8 bits"):
         quantized(nn.Linear(96, 40), CONFIGS[0])
     assert quantized(nn.Linear(96, 40), CONFIGS[2]).weight.dtype is torch.int8
+
+
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": 8},
+    "qwen2": {"tie_word_embeddings": True},  # biases beside the rounded weights
+    "qwen3": {"head_dim": 16},
+    "phi3": {"pad_token_id": None},  # one layer for queries, keys and values
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8},
+    "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8},
+    "smollm3": {"pad_token_id": None},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_language_models_of_every_family_compute_with_the_rounded_weights(family):
+    """Against the same model whose linear layers got their weights rounded by hand; float32 through two layers."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model(family, vocab_size=50, num_hidden_layers=2, **sizes, **FAMILIES[family])
+    language_model = AutoModel.from_config(config).eval()
+    for bias in (p for name, p in language_model.named_parameters() if name.endswith(".bias")):
+        nn.init.normal_(bias)
+    model = SimpleNamespace(model=SimpleNamespace(language_model=copy.deepcopy(language_model)))
+    four_bits = QuantizationConfig(bits=4, double_quant=False)
+    quantize_language_model(model, four_bits, compute_dtype=torch.float32, device="cpu")
+    input_ids = torch.randint(50, (2, 12))
+    with torch.no_grad():
+        before = language_model(input_ids).last_hidden_state
+        for module in language_model.modules():
+            if type(module) is nn.Linear:
+                module.weight.copy_(rounded_to_nf4(module.weight))
+        by_hand = language_model(input_ids).last_hidden_state
+        found = model.model.language_model(input_ids).last_hidden_state
+    torch.testing.assert_close(found, by_hand, atol=1e-4, rtol=1e-4)
+    assert (found - before).abs().max() > 1e-3
 
 
 # What is rounded
