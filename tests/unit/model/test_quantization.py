@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -221,6 +222,8 @@ def test_linear_layers_of_the_language_model_are_rounded_and_nothing_else(rounde
     assert changed == {n for n, m in before.items() if type(m) is nn.Linear and n.startswith(LAYERS)}
     assert {type(after[name]) for name in changed} == {kind}
     assert all(after[name].weight.dtype == {4: torch.uint8, 8: torch.int8}[config.bits] for name in changed)
+    if config.bits == 4:
+        assert {after[name].compute_dtype for name in changed} == {model.dtype} == {torch.float32}
 
 
 def test_tower_projector_embedding_norms_and_head_keep_every_bit(rounded, loaded):
@@ -248,7 +251,8 @@ def test_adapters_learn_in_the_dtype_of_the_models_weights(bits, dtype, folders)
     adapted = add_lora(model, LoraConfig(rank=2))
     dtypes = {parameter.dtype for name, parameter in adapted.named_parameters() if "lora_" in name}
     assert dtypes == {dtype}
-    assert sum("lora_A" in name for name, _ in adapted.named_parameters()) == 7 * 2  # each linear layer has one
+    kind = {4: peft.tuners.lora.Linear4bit, 8: peft.tuners.lora.Linear8bitLt}[bits]
+    assert sum(type(module) is kind for module in adapted.modules()) == 7 * 2  # beside each linear layer
 
 
 def test_llavas_adapter_is_merged_before_the_language_model_is_rounded():

@@ -4,12 +4,19 @@ import logging
 from types import SimpleNamespace
 
 import pytest
+import torch
 import transformers
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from llava_saep.arguments import parse_arguments
 from llava_saep.errors import UserError
-from llava_saep.train.run import check_deepspeed_agrees, check_paths, complete_deepspeed_config
+from llava_saep.train.run import (
+    check_deepspeed_agrees,
+    check_paths,
+    complete_deepspeed_config,
+    compute_dtype,
+    weights_dtype,
+)
 
 
 @pytest.fixture
@@ -35,6 +42,21 @@ def test_trained_model_does_not_replace_what_the_run_starts_from(flags, flag, tm
 
 def test_output_beside_the_inputs_is_fine(flags):
     check_paths(parse_arguments(flags))
+
+
+@pytest.mark.parametrize(
+    ("flags", "multiplies_in", "keeps"),
+    [
+        ({"bf16": True}, torch.bfloat16, torch.float32),
+        ({"bf16": True, "deepspeed": "zero2.json"}, torch.bfloat16, torch.bfloat16),
+        ({"fp16": True}, torch.float16, torch.float32),
+        ({"deepspeed": "zero2.json"}, torch.float32, torch.float32),
+    ],
+)
+def test_layers_multiply_in_the_dtype_of_the_flags_and_weights_have_it_under_deepspeed(flags, multiplies_in, keeps):
+    """Without DeepSpeed autocast does it, for which the weights stay in float32."""
+    arguments = SimpleNamespace(**{"bf16": False, "fp16": False, "deepspeed": None, **flags})
+    assert (compute_dtype(arguments), weights_dtype(arguments)) == (multiplies_in, keeps)
 
 
 # DeepSpeed's settings
