@@ -130,6 +130,20 @@ class DataArguments:
     apply_exif_orientation: bool = field(
         default=False, metadata={"help": "turn images as their EXIF tags say (released LLaVA models saw them unturned)"}
     )
+    jpeg_draft: bool = field(
+        default=False,
+        metadata={
+            "help": "decode large JPEGs at 1/2, 1/4 or 1/8 of their size where the tower sees a smaller image anyway: "
+            "faster, and pixels differ slightly from LLaVA's"
+        },
+    )
+    cache_vision_features: str | None = field(
+        default=None,
+        metadata={
+            "help": "folder for what a frozen tower sees in each image, computed once and read from then on, in later "
+            "epochs and runs too (large: the run says how large when it starts)"
+        },
+    )
     on_bad_sample: Literal["error", "skip"] = field(
         default="error", metadata={"help": "a record that cannot be used stops the run, or is counted and skipped"}
     )
@@ -391,6 +405,15 @@ def _refuse_unsupported(flags: argparse.Namespace) -> None:
             f"--eval_strategy {flags.eval_strategy}: there is no evaluation data during training; "
             "use no, and evaluate checkpoints with `llava-saep eval`"
         )
+    if flags.cache_vision_features and flags.unfreeze_mm_vision_tower:
+        raise UserError(
+            "--cache_vision_features keeps what a frozen tower sees, and --unfreeze_mm_vision_tower True changes the "
+            "tower; drop one"
+        )
+    if flags.jpeg_draft and flags.image_aspect_ratio == "anyres":
+        raise UserError(
+            "--jpeg_draft True: --image_aspect_ratio anyres cuts images at full size; drop it, or use square or pad"
+        )
     if flags.label_smoothing_factor != 0:
         raise UserError("--label_smoothing_factor: not supported, the loss is computed inside the model; use 0")
     if flags.fsdp:
@@ -586,6 +609,8 @@ def _data_config(flags: argparse.Namespace) -> DataConfig:
         image_folder=flags.image_folder,
         image_aspect_ratio=flags.image_aspect_ratio,
         apply_exif_orientation=flags.apply_exif_orientation,
+        jpeg_draft=flags.jpeg_draft,
+        cache_vision_features=flags.cache_vision_features,
         conversation_template=_template_name(flags.version),
         max_length=flags.model_max_length,
         on_bad_sample=flags.on_bad_sample,

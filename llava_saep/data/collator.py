@@ -30,6 +30,7 @@ class ConversationCollator:
         cuts_images: each image is a stack of crops, and stays one, since they differ in number.
         padding_free: all conversations stand one behind another in a single row, for attention that runs each by
             itself.
+        caches_features: samples come from a data set with a feature store, whose lists are joined as they are.
     """
 
     pad_token_id: int
@@ -37,6 +38,7 @@ class ConversationCollator:
     max_length: int
     cuts_images: bool = False
     padding_free: bool = False
+    caches_features: bool = False
 
     def __call__(self, samples: Sequence[Sample | list[Sample]]) -> dict[str, Any]:
         """Make a batch.
@@ -89,6 +91,8 @@ class ConversationCollator:
     def _join_images(self, samples: list[Sample]) -> dict[str, Any]:
         """Put the images of all samples that have some together, or make one of zeros."""
         zeros = torch.zeros(1, 3, *self.image_size)
+        if self.caches_features:
+            return self._join_lookups(samples) if samples else self._lookup_of(zeros)
         if not self.cuts_images:
             images = [sample["pixel_values"] for sample in samples]
             return {"pixel_values": torch.cat(images) if images else zeros}
@@ -98,6 +102,16 @@ class ConversationCollator:
             "pixel_values": stacks or [zeros],
             "image_sizes": torch.cat(sizes) if sizes else torch.tensor([self.image_size]),
         }
+
+    def _lookup_of(self, zeros: Tensor) -> dict[str, Any]:
+        """Make the image inputs of a batch without images; "" is the key of what is not stored."""
+        sizes = torch.tensor([self.image_size])
+        return {"pixel_values": [zeros], "vision_features": [()], "image_lookups": [("", False)], "image_sizes": sizes}
+
+    def _join_lookups(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        lists = ("pixel_values", "vision_features", "image_lookups")
+        joined = {name: [entry for sample in samples for entry in sample[name]] for name in lists}
+        return joined | {"image_sizes": torch.cat([sample["image_sizes"] for sample in samples])}
 
 
 def _join_row(samples: list[Sample]) -> dict[str, Any]:

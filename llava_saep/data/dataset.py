@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from llava_saep.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava_saep.data.conversation import Segment, count_image_markers, segments_text
+from llava_saep.data.feature_cache import FeatureStore, Lookup
 from llava_saep.data.images import (
     GridPinpoints,
     ImageProcessor,
@@ -28,6 +29,7 @@ from llava_saep.data.images import (
     preprocess_image,
     processed_image_size,
     read_image_size,
+    resized_size,
 )
 from llava_saep.data.progress import show_progress
 from llava_saep.data.records import (
@@ -61,6 +63,14 @@ FILES_WORTH_LISTING = 100
 T = TypeVar("T")
 
 
+class _PreparedImage(NamedTuple):
+    """An image of a sample: its size before preprocessing, and its pixel values or what is stored in place of them."""
+
+    original_size: ImageSize
+    pixel_values: Tensor
+    lookup: Lookup | None = None
+
+
 class ConversationDataset(Dataset[dict[str, Tensor]]):
     """LLaVA-format conversations as samples for training.
 
@@ -85,6 +95,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         image_grid_pinpoints: GridPinpoints = (),
         num_anyres_tokens: Callable[[ImageSize, ImageSize], int] | None = None,
         apply_exif_orientation: bool = False,
+        jpeg_draft: bool = False,
         on_bad_sample: OnBadSample = "error",
         use_im_start_end: bool = False,
         vocab_size: int | None = None,
@@ -99,6 +110,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
             image_grid_pinpoints: with aspect ratio "anyres", what an image may be brought to before it is cut.
             num_anyres_tokens: with "anyres", tokens of an image by its size and that of one crop.
             apply_exif_orientation: turn images as their EXIF tags say. LLaVA does not.
+            jpeg_draft: decode JPEGs at a reduced scale where the resize that follows allows it ("square" and "pad").
             use_im_start_end: images stand between "<im_start>" and "<im_end>".
             vocab_size: rows of the language model's embedding; a sample with another token cannot be used. None: any.
             on_bad_sample: "error" raises at the first sample that cannot be used, "skip" goes on without it.
@@ -118,6 +130,8 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         self.image_aspect_ratio = image_aspect_ratio
         self.image_grid_pinpoints = image_grid_pinpoints
         self.apply_exif_orientation = apply_exif_orientation
+        self.jpeg_draft = jpeg_draft
+        self._feature_store: FeatureStore | None = None
         self.template = template
         self.image_token_id = image_token_id
         self.max_length = max_length
@@ -133,6 +147,10 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         self._records = self._read_usable_records(use_im_start_end)
         _warn_about_foreign_end(template, tokenizer)
 
+    def use_feature_store(self, store: FeatureStore) -> None:
+        """From now on, give what is stored of an image in place of its pixels."""
+        self._feature_store = store
+
     def __len__(self) -> int:
         return len(self._records)
 
@@ -140,7 +158,9 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         """Return input_ids (T,), labels (T,) and, unless the sample is text only, pixel_values (images, 3, H, W).
 
         With "anyres", pixel_values is a list with one (crops, 3, H, W) tensor per image, and image_sizes (images, 2)
-        tells their heights and widths.
+        tells their heights and widths. With a feature store it is so for any aspect ratio, the tensor being empty where
+        vision_features, a list with one tuple per image, has one tensor per layer; image_lookups, a list of (key,
+        is_damaged), says where the features belong.
 
         Raises:
             IndexError: `index` is outside the data set.
@@ -180,15 +200,35 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
             BadSampleError: it cannot be used.
         """
         record = self._records[index]
-        encoded, num_images = self._encode(record)
+        if self._num_anyres_tokens is None:
+            encoded, num_images = self._encode(record)
+            images = [self._prepare_image(record, name) for name in record.images[:num_images]]
+        else:  # the images first, whose sizes say how many tokens they have, so that each file is opened once
+            images = [self._prepare_image(record, name) for name in record.images]
+            encoded, num_images = self._encode(record, [image.original_size for image in images])
         sample = {"input_ids": torch.tensor(encoded.input_ids), "labels": torch.tensor(encoded.labels)}
-        if num_images:
-            names = record.images[:num_images]
-            pixels = [self._load_pixels(record, name) for name in names]
-            sample["pixel_values"] = pixels if self._num_anyres_tokens else torch.stack(pixels)
-            if self._num_anyres_tokens:
-                sample["image_sizes"] = torch.tensor([self._read_size(record, name) for name in names])
-        return sample
+        return sample | (self._image_inputs(images[:num_images]) if num_images else {})
+
+    def _image_inputs(self, images: Sequence[_PreparedImage]) -> dict[str, Any]:
+        """Put a sample's images in the form that `__getitem__` describes."""
+        pixels = [image.pixel_values for image in images]
+        sizes = torch.tensor([image.original_size for image in images])
+        if self._feature_store is not None:
+            lookups = [image.lookup for image in images]
+            return {
+                "pixel_values": pixels,
+                "image_sizes": sizes,
+                "vision_features": [() if known.features is None else known.features.layers for known in lookups],
+                "image_lookups": [(known.key, known.is_damaged) for known in lookups],
+            }
+        if self._num_anyres_tokens is not None:
+            return {"pixel_values": pixels, "image_sizes": sizes}
+        return {"pixel_values": torch.stack(pixels)}
+
+    @property
+    def num_images(self) -> int:
+        """How many image files the records name; one that several name counts once."""
+        return len({name for record in self._records for name in record.images})
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -304,13 +344,15 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
                 break
         return bound > self.max_length
 
-    def _encode(self, record: Record) -> tuple[Encoded, int]:
+    def _encode(self, record: Record, image_sizes: Sequence[ImageSize] | None = None) -> tuple[Encoded, int]:
         """Tokenise and cut to max_length -> (encoded, how many of the record's images are left).
 
+        Args:
+            image_sizes: of the record's images; None: read from their files, where the tokens depend on them.
         Raises:
             BadSampleError: the cut goes through an image, or leaves nothing to learn; or a token has no embedding.
         """
-        encoded = self._encode_whole(record)
+        encoded = self._encode_whole(record, image_sizes)
         self._check_vocabulary(record, encoded)
         num_tokens = len(encoded.input_ids)
         for start, end in encoded.image_spans:
@@ -343,11 +385,11 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
                     f"language model's embedding has {self.vocab_size} rows; the tokenizer is not this model's",
                 )
 
-    def _encode_whole(self, record: Record) -> Encoded:
+    def _encode_whole(self, record: Record, image_sizes: Sequence[ImageSize] | None = None) -> Encoded:
         return encode_segments(
             self._render(record),
             self.tokenizer,
-            self._image_token_counts(record) if record.images else None,
+            self._image_token_counts(record, image_sizes) if record.images else None,
             self.image_token_id,
             adds_bos=self.template.adds_bos,
             labels_by_sentence=self.template.labels_by_sentence,
@@ -360,13 +402,36 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         except UserError as error:
             raise bad_sample(record.source, REFUSED_BY_TEMPLATE, str(error)) from error
 
-    def _load_pixels(self, record: Record, name: str) -> Tensor:
+    def _prepare_image(self, record: Record, name: str) -> _PreparedImage:
+        """Read an image file, unless what a tower sees in it is stored.
+
+        Raises:
+            BadSampleError: it cannot be read.
+        """
+        path = os.path.join(self.image_folder, name)
         try:
-            path = os.path.join(self.image_folder, name)
-            image = load_image(path, apply_exif_orientation=self.apply_exif_orientation)
-            return preprocess_image(image, self.image_processor, self.image_aspect_ratio, self.image_grid_pinpoints)
-        except UserError as error:
+            lookup = None if self._feature_store is None else self._feature_store.look_up(path)
+            if lookup is not None and lookup.features is not None:
+                return _PreparedImage(lookup.features.original_size, torch.empty(0), lookup)
+            size, pixels = self._load_pixels(path)
+        except (UserError, OSError) as error:
             raise bad_sample(record.source, UNREADABLE_IMAGE, str(error)) from error
+        # Beside stored ones each image is a stack of crops.
+        is_stack = lookup is None or self._num_anyres_tokens is not None
+        return _PreparedImage(size, pixels if is_stack else pixels[None], lookup)
+
+    def _load_pixels(self, path: str) -> tuple[ImageSize, Tensor]:
+        """Decode an image -> (its size, its pixel values); errors as `load_image` and `preprocess_image`."""
+        image = load_image(
+            path,
+            apply_exif_orientation=self.apply_exif_orientation,
+            smallest_size=self._size_after_resize if self.jpeg_draft else None,
+        )
+        pixels = preprocess_image(image, self.image_processor, self.image_aspect_ratio, self.image_grid_pinpoints)
+        return ImageSize(image.height, image.width), pixels
+
+    def _size_after_resize(self, original: ImageSize) -> ImageSize:
+        return resized_size(original, self.image_processor, self.image_aspect_ratio)
 
     def _read_size(self, record: Record, name: str) -> ImageSize:
         try:
@@ -392,15 +457,16 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         except BadSampleError:
             return len(record.images) * self.max_tokens_per_image
 
-    def _image_token_counts(self, record: Record) -> list[int]:
-        """Count the tokens of a record's images.
+    def _image_token_counts(self, record: Record, sizes: Sequence[ImageSize] | None = None) -> list[int]:
+        """Count the tokens of a record's images, reading their sizes where they matter and are not given.
 
         Raises:
             BadSampleError: the size of one cannot be read, where it matters.
         """
         if self._num_anyres_tokens is None:
             return [self.num_tokens_per_image] * len(record.images)
-        return [self._num_anyres_tokens(self._read_size(record, name), self.image_size) for name in record.images]
+        sizes = [self._read_size(record, name) for name in record.images] if sizes is None else sizes
+        return [self._num_anyres_tokens(size, self.image_size) for size in sizes]
 
     def _find_missing_images(self, records: Sequence[Record]) -> set[str]:
         """Return the image names of all records for which there is no file."""

@@ -27,7 +27,7 @@ from llava_saep.model.language_model_head import LanguageModelHead
 from llava_saep.model.llava_generation import LlavaStyleGeneration
 from llava_saep.model.projector_selection import selection_from_config
 from llava_saep.model.quantization import QuantizationConfig
-from llava_saep.model.vision_tower import read_patch_features
+from llava_saep.model.vision_tower import VisionFeatures, read_patch_features
 from projectors import Projector
 
 
@@ -65,8 +65,21 @@ class LlavaSaepModel(LlavaSaepPreTrainedModel, LlavaModel):
         self.image_newline = None if newline is None else nn.Parameter(newline)
         self.post_init()
 
+    def encode_images(self, pixel_values: Tensor | Sequence[Tensor]) -> VisionFeatures:
+        """Run the tower over all crops of all images in one call; `pixel_values` as in `get_image_features`."""
+        is_cut = not isinstance(pixel_values, Tensor) or pixel_values.dim() == 5
+        crops = torch.cat(tuple(pixel_values)) if is_cut else pixel_values
+        reads = self.multi_modal_projector.config
+        layers = read_patch_features(self.vision_tower, crops, reads.vision_layers, reads.keep_cls_token)
+        counts = tuple(len(stack) for stack in pixel_values) if is_cut else None
+        return VisionFeatures(tuple(layers), counts, ImageSize(*crops.shape[-2:]))
+
     def get_image_features(
-        self, pixel_values: Tensor | Sequence[Tensor], image_sizes: Tensor | None = None, **kwargs
+        self,
+        pixel_values: Tensor | Sequence[Tensor] | None = None,
+        image_sizes: Tensor | None = None,
+        vision_features: VisionFeatures | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Project images to tokens of the language model, all crops of all images in one call.
 
@@ -74,27 +87,18 @@ class LlavaSaepModel(LlavaSaepPreTrainedModel, LlavaModel):
             pixel_values: (images, 3, height, width); or, where images are cut into crops, one (crops, 3, height, width)
                 tensor per image, or all of them stacked.
             image_sizes: (images, 2), height and width of each image before it was cut.
+            vision_features: what `encode_images` makes of the pixels, in place of them; the tower then does not run.
         Returns:
             an output whose `pooler_output` is a list with one (tokens, text_hidden_size) tensor per image.
         """
-        is_cut = not isinstance(pixel_values, Tensor) or pixel_values.dim() == 5
-        crops = torch.cat(tuple(pixel_values)) if is_cut else pixel_values
-        projector = self.multi_modal_projector
-        features = read_patch_features(
-            self.vision_tower,
-            crops,
-            projector.config.vision_layers,
-            projector.config.keep_cls_token,
-        )
-        view = ImageSize(*crops.shape[-2:])
-        projected = projector(features, self.config.patch_grid(*view))
-        if not is_cut:
+        seen = self.encode_images(pixel_values) if vision_features is None else vision_features
+        projected = self.multi_modal_projector(list(seen.layers), self.config.patch_grid(*seen.view))
+        if seen.crop_counts is None:
             return BaseModelOutputWithPooling(pooler_output=list(projected))
         originals = None if image_sizes is None else [ImageSize(*size) for size in image_sizes.tolist()]
-        counts = [len(stack) for stack in pixel_values]
         image_tokens = self.config.image_tokens
         newline = self.image_newline if image_tokens.has_newline else None
-        merged = merge_all(image_tokens, projected, counts, originals, view, newline)
+        merged = merge_all(image_tokens, projected, seen.crop_counts, originals, seen.view, newline)
         return BaseModelOutputWithPooling(pooler_output=merged)
 
     def forward(
@@ -107,6 +111,7 @@ class LlavaSaepModel(LlavaSaepPreTrainedModel, LlavaModel):
         inputs_embeds: torch.FloatTensor | None = None,
         image_sizes: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        vision_features: VisionFeatures | None = None,
         **kwargs,
     ) -> LlavaModelOutputWithPast:
         """Insert the image tokens at their placeholders and run the language model.
@@ -118,18 +123,20 @@ class LlavaSaepModel(LlavaSaepPreTrainedModel, LlavaModel):
             pixel_values, image_sizes: of the whole batch's images, in the order of the placeholders, as
                 `get_image_features` takes them.
             mm_encoder_outputs: `{"image": ...}` from `get_image_features`, instead of `pixel_values`.
+            vision_features: from `encode_images`, instead of `pixel_values`.
         Raises:
             UserError: placeholders and image tokens differ in number, or both or neither input is given.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("give exactly one of input_ids and inputs_embeds")
         encoded = (mm_encoder_outputs or {}).get("image")
-        if encoded is not None and pixel_values is not None:
-            raise UserError("give pixel_values or mm_encoder_outputs, not both")
-        if inputs_embeds is not None and (encoded is not None or pixel_values is not None):
+        num_given = sum(given is not None for given in (encoded, pixel_values, vision_features))
+        if num_given > 1:
+            raise UserError("give one of pixel_values, vision_features and mm_encoder_outputs")
+        if inputs_embeds is not None and num_given:
             raise UserError("images need input_ids: their placeholders say where the image tokens belong")
-        if pixel_values is not None:
-            encoded = self.get_image_features(pixel_values, image_sizes)
+        if pixel_values is not None or vision_features is not None:
+            encoded = self.get_image_features(pixel_values, image_sizes, vision_features)
 
         image_features = None
         if inputs_embeds is None:
@@ -201,10 +208,14 @@ class LlavaSaepForConditionalGeneration(LlavaStyleGeneration, LlavaSaepPreTraine
         self.lm_head = new_embeddings if is_head else LanguageModelHead.like(new_embeddings)
 
     def get_image_features(
-        self, pixel_values: Tensor | Sequence[Tensor], image_sizes: Tensor | None = None, **kwargs
+        self,
+        pixel_values: Tensor | Sequence[Tensor] | None = None,
+        image_sizes: Tensor | None = None,
+        vision_features: VisionFeatures | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """See `LlavaSaepModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values, image_sizes)
+        return self.model.get_image_features(pixel_values, image_sizes, vision_features)
 
     def forward(
         self,
@@ -219,6 +230,7 @@ class LlavaSaepForConditionalGeneration(LlavaStyleGeneration, LlavaSaepPreTraine
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        vision_features: VisionFeatures | None = None,
         **kwargs,
     ) -> LlavaCausalLMOutputWithPast:
         """Return logits, or the loss when `labels` are given.
@@ -241,6 +253,7 @@ class LlavaSaepForConditionalGeneration(LlavaStyleGeneration, LlavaSaepPreTraine
             inputs_embeds=inputs_embeds,
             image_sizes=image_sizes,
             mm_encoder_outputs=mm_encoder_outputs,
+            vision_features=vision_features,
             **kwargs,
         )
         loss = logits = None

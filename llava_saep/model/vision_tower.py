@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from llava_saep.data.images import ImageSize
 from llava_saep.errors import UserError
 from llava_saep.model.combined_towers import CombinedVisionConfig, CombinedVisionTowers
 
@@ -20,6 +22,20 @@ PREFIX_TOKENS = {
     "vit": 1,
 }
 """Class tokens that a tower puts before its patches; registers come on top (`num_register_tokens`)."""
+
+
+class VisionFeatures(NamedTuple):
+    """What a tower sees in the images of a batch, all crops of all images in one run.
+
+    Attributes:
+        layers: one (crops, patches, channels) tensor per layer that the projector reads.
+        crop_counts: crops of each image; None where images are not cut, one crop being one image.
+        view: size of a crop in pixels.
+    """
+
+    layers: tuple[Tensor, ...]
+    crop_counts: tuple[int, ...] | None
+    view: ImageSize
 
 
 def num_prefix_tokens(vision_config: PreTrainedConfig) -> int:
@@ -46,6 +62,13 @@ def has_class_token(vision_config: PreTrainedConfig) -> bool:
 def resolve_layer(layer: int, num_layers: int) -> int:
     """Turn an index into hidden_states (num_layers + 1 entries, 0 = embeddings) into a non-negative one."""
     return layer if layer >= 0 else num_layers + 1 + layer
+
+
+def resolve_layers(vision_config: PreTrainedConfig, layers: Sequence[int]) -> list[list[int]]:
+    """Turn indices into hidden_states into non-negative ones, for each of the towers."""
+    is_combined = isinstance(vision_config, CombinedVisionConfig)
+    configs = vision_config.tower_configs if is_combined else [vision_config]
+    return [[resolve_layer(layer, config.num_hidden_layers) for layer in layers] for config in configs]
 
 
 def find_layers(tower: nn.Module, num_layers: int) -> tuple[nn.Module, str] | None:

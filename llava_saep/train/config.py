@@ -63,6 +63,8 @@ class DataConfig:
     Args:
         conversation_template: a name of `llava_saep.data.templates`.
         apply_exif_orientation: turn images as their EXIF tags say; LLaVA does not.
+        jpeg_draft: decode JPEGs at a reduced scale where the resize allows it; pixels then differ slightly.
+        cache_vision_features: folder for what the frozen tower sees in each image; None: it looks every time.
         max_length: tokens of one sample, image tokens included; what is longer is cut.
         packing: several whole conversations share a row of at most `max_length` tokens.
     """
@@ -71,6 +73,8 @@ class DataConfig:
     image_folder: str | None
     image_aspect_ratio: AspectRatio = "square"
     apply_exif_orientation: bool = False
+    jpeg_draft: bool = False
+    cache_vision_features: str | None = None
     conversation_template: str = "v1"
     max_length: int = 512
     on_bad_sample: Literal["error", "skip"] = "error"

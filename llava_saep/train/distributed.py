@@ -205,6 +205,10 @@ def start_process_group(*, uses_deepspeed: bool, on_accelerator: bool, timeout_s
     _describe_lone_process()
     if on_accelerator:
         return
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    # DeepSpeed makes groups of its own for its collectives and gives them no timeout, so that a rank would wait half an
+    # hour for a machine that has fallen silent, whatever --ddp_timeout says. torch reads its default when one is made.
+    torch.distributed.distributed_c10d.default_pg_timeout = timeout
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
@@ -213,7 +217,6 @@ def start_process_group(*, uses_deepspeed: bool, on_accelerator: bool, timeout_s
     else:
         # The op is only a faster all-reduce between ranks of one host. Without it gloo does the work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    timeout = datetime.timedelta(seconds=timeout_seconds)
     deepspeed.init_distributed(dist_backend="gloo", timeout=timeout, verbose=False)
 
 

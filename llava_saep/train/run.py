@@ -48,6 +48,7 @@ from llava_saep.train.interruption import RunStopped, StopCallback, StopWatch
 from llava_saep.train.lora import add_lora
 from llava_saep.train.trainable import set_trainable, trainable_table
 from llava_saep.train.trainer import LlavaTrainer, order_seed
+from llava_saep.train.vision_cache import open_feature_cache, report_feature_cache
 from projectors import ProjectorError
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,8 @@ def train(config: RunConfig) -> None:
         model = choose_trainable(model, config.training, arguments)
         rows = pack(dataset, arguments, padding_free=padding_free) if config.data.packing else dataset
         trainer = make_trainer(model, processor, rows, config, arguments, padding_free=padding_free)
+        if config.data.cache_vision_features is not None:
+            open_feature_cache(trainer, dataset, config.data)
         run_loop(trainer, checkpoint, watch)
         save_result(trainer)
 
@@ -449,6 +452,7 @@ def build_dataset(
         image_grid_pinpoints=parse_grid_pinpoints(model_config.image_grid_pinpoints),
         num_anyres_tokens=model_config.image_tokens.num_tokens,
         apply_exif_orientation=config.apply_exif_orientation,
+        jpeg_draft=config.jpeg_draft,
         on_bad_sample=config.on_bad_sample,
         use_im_start_end=model_config.mm_use_im_start_end,
         vocab_size=model_config.text_config.vocab_size,
@@ -566,6 +570,7 @@ def make_trainer(
         max_length=config.data.max_length,
         cuts_images=config.data.image_aspect_ratio == "anyres",
         padding_free=padding_free,
+        caches_features=config.data.cache_vision_features is not None,
     )
     for target in (model.config.get_text_config(), model.generation_config):
         target.pad_token_id = processor.tokenizer.pad_token_id  # the Trainer would, with a warning
@@ -603,6 +608,7 @@ def run_loop(trainer: LlavaTrainer, checkpoint: Path | None, watch: StopWatch) -
     skipped = trainer.train_dataset.skipped
     if skipped:
         logger.warning("skipped records, by reason: %s", dict(skipped))
+    report_feature_cache(trainer)
 
 
 def prepare_resuming(trainer: LlavaTrainer, checkpoint: Path) -> None:

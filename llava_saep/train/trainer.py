@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from transformers.trainer import SCHEDULER_NAME
 
 from llava_saep.data.sampler import LengthGroupedSampler, padding_share
 from llava_saep.errors import UserError
+from llava_saep.model.cached_features import CachedVisionFeatures
 from llava_saep.model.loading import load_projector_weights, read_weights_file
 from llava_saep.train import checkpointing, distributed, saving, universal
 from llava_saep.train.config import TrainingConfig
@@ -52,6 +54,7 @@ class LlavaTrainer(Trainer):
         self.output_kind = saving.output_kind(config.trainable)
         self.converted_checkpoint: Path | None = None
         """Where the shards of the checkpoint to go on from lie for another number of ranks; deleted after loading."""
+        self.cached_features: CachedVisionFeatures | None = None
         self._set_use_cache(self.args.use_cache)  # the library sets it on the outer config alone
 
     @property
@@ -120,6 +123,15 @@ class LlavaTrainer(Trainer):
                 raise UserError(f"--optim {self.args.optim.value} makes its own groups and takes no --mm_projector_lr")
             self.optimizer = optimizer_class(groups, **kwargs)
         return super().create_optimizer(model)
+
+    # Images
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        prepared = super()._prepare_inputs(inputs)
+        if "image_lookups" not in prepared:
+            return prepared
+        with self.accelerator.autocast():  # as the model's forward
+            return self.cached_features.complete(prepared)
 
     # What is written
 

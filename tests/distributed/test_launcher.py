@@ -17,12 +17,16 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def launch(argv, folder, timeout_seconds=200):
+DEEPSPEED = ("deepspeed.launcher.runner", "--num_gpus", "2")
+TORCHRUN = ("torch.distributed.run", "--nproc_per_node", "2")
+
+
+def launch(argv, folder, launcher=DEEPSPEED, timeout_seconds=200):
     """Run the script on two ranks from another folder than the repository's."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port)]
+    command = [sys.executable, "-m", *launcher, "--master_port", str(port)]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*command, str(REPOSITORY / "llava_saep" / "train" / "train_mem.py"), *argv],
@@ -34,7 +38,10 @@ def launch(argv, folder, timeout_seconds=200):
     )
 
 
-def test_launcher_trains_two_ranks_with_llavas_path_of_a_shipped_config(bases, conversations, tmp_path):
+@pytest.mark.parametrize(
+    "launcher", [pytest.param(DEEPSPEED, id="deepspeed"), pytest.param(TORCHRUN, id="torchrun", marks=pytest.mark.slow)]
+)
+def test_launcher_trains_two_ranks_with_llavas_path_of_a_shipped_config(launcher, bases, conversations, tmp_path):
     argv = training_flags(
         bases,
         conversations,
@@ -43,7 +50,7 @@ def test_launcher_trains_two_ranks_with_llavas_path_of_a_shipped_config(bases, c
         per_device_train_batch_size=2,
         max_steps=2,
     )
-    result = launch(argv, tmp_path)
+    result = launch(argv, tmp_path, launcher)
     assert result.returncode == 0, result.stderr[-4000:]
     assert len(logged(tmp_path / "out", "loss")) == 2
     assert load_model(tmp_path / "out").config.projector["name"] == "saep"

@@ -51,13 +51,14 @@ def test_what_is_for_four_bits_is_said_to_have_no_effect_on_others(bitsandbytes_
 def test_own_flags_change_only_on_purpose():
     """A frozen list: people's scripts depend on these names, so a new or missing one is a visible decision."""
     assert " ".join(own_flags()) == (
-        "apply_exif_orientation attn_implementation bits cache_dir data_path double_quant freeze_backbone "
-        "freeze_mm_mlp_adapter group_by_modality_length image_aspect_ratio image_folder image_grid_pinpoints "
-        "is_multimodal lazy_preprocess lora_alpha lora_bias lora_dropout lora_enable lora_r lora_weight_path "
-        "mm_patch_merge_type mm_projector_lr mm_projector_options mm_projector_type mm_use_im_patch_token "
-        "mm_use_im_start_end mm_vision_select_feature mm_vision_select_layer model_max_length model_name_or_path "
-        "mpt_attn_impl on_bad_sample optim packing pretrain_mm_mlp_adapter quant_type remove_unused_columns report_to "
-        "resume trust_projector_code tune_mm_mlp_adapter unfreeze_mm_vision_tower version vision_tower"
+        "apply_exif_orientation attn_implementation bits cache_dir cache_vision_features data_path double_quant "
+        "freeze_backbone freeze_mm_mlp_adapter group_by_modality_length image_aspect_ratio image_folder "
+        "image_grid_pinpoints is_multimodal jpeg_draft lazy_preprocess lora_alpha lora_bias lora_dropout lora_enable "
+        "lora_r lora_weight_path mm_patch_merge_type mm_projector_lr mm_projector_options mm_projector_type "
+        "mm_use_im_patch_token mm_use_im_start_end mm_vision_select_feature mm_vision_select_layer model_max_length "
+        "model_name_or_path mpt_attn_impl on_bad_sample optim packing pretrain_mm_mlp_adapter quant_type "
+        "remove_unused_columns report_to resume trust_projector_code tune_mm_mlp_adapter unfreeze_mm_vision_tower "
+        "version vision_tower"
     )
 
 
@@ -242,6 +243,8 @@ def test_no_projector_flag_keeps_the_one_of_a_saved_model():
         ("--bits 4 --lora_enable True", "--bits 4: bitsandbytes is not installed"),
         ("--bits 5", "invalid choice"),
         ("--bits 4 --quant_type nf5", "invalid choice"),
+        ("--cache_vision_features cache --unfreeze_mm_vision_tower True", "changes the tower; drop one"),
+        ("--jpeg_draft True --image_aspect_ratio anyres", "--jpeg_draft True: .*use square or pad"),
         ("--version vicuna", "--version: unknown conversation template 'vicuna'.*; say --version v1 for that"),
         ("--eval_strategy steps", "no evaluation data"),
         ("--evaluation_strategy steps", "no evaluation data"),

@@ -94,3 +94,12 @@ def test_photo_on_its_side_is_counted_and_cut_as_it_will_be_seen(make_cut_datase
     assert plain["image_sizes"].tolist() == [[50, 168]]
     assert turned["image_sizes"].tolist() == [[168, 50]]
     assert (turned["input_ids"] == IMAGE_TOKEN_ID).sum() == 10 * len(turned["pixel_values"][0])
+
+
+def test_each_file_is_opened_once_for_a_sample(make_cut_dataset, monkeypatch):
+    """Its size decides the tokens and its pixels the crops; on network storage each opening is a wait."""
+    dataset = make_cut_dataset([_record("wide.png", "red.png")])
+    opened, really_open = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or really_open(path))
+    assert len(dataset[0]["pixel_values"]) == 2
+    assert len(opened) == 2

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from llava_saep.constants import IGNORE_INDEX
 from llava_saep.data import dataset as dataset_module
 from llava_saep.data.collator import ConversationCollator
 from llava_saep.data.dataset import ConversationDataset, check_data
-from llava_saep.data.images import load_image, preprocess_image
+from llava_saep.data.feature_cache import FeatureStore, ImageFeatures
+from llava_saep.data.images import ImageSize, load_image, preprocess_image
 from llava_saep.data.records import BadSampleError
 from llava_saep.data.templates import conversation_template
 from llava_saep.errors import UserError
@@ -289,3 +291,53 @@ def test_the_sample_in_the_playground_can_be_used(tokenizer, image_processor):
     assert len(dataset) == len(json.loads((SAMPLE_DATA / "conversations.json").read_text()))
     assert check_data(dataset).counts.total() == 0
     assert [length > 0 for length in dataset.modality_lengths] == [True, True, True, True, False]
+
+
+def test_large_jpeg_is_decoded_small_only_on_request(make_dataset, tmp_path, monkeypatch):
+    """LLaVA decodes it whole, so its pixels are the default; with the flag the resize starts from 1/8 of it."""
+    Image.new("RGB", (960, 640), "red").save(tmp_path / "photo.jpg")
+    sizes = []
+    record = _record("photo.jpg")
+    monkeypatch.setattr(
+        "llava_saep.data.dataset.preprocess_image",
+        lambda image, *_: sizes.append(image.size) or torch.zeros(3, 56, 56),
+    )
+    for jpeg_draft in (False, True):
+        make_dataset([record], jpeg_draft=jpeg_draft)[0]
+    assert sizes == [(960, 640), (120, 80)]
+
+
+def test_stored_features_take_the_place_of_pixels(make_dataset, tmp_path, monkeypatch):
+    """An image that is stored is not opened; its neighbour in the same sample is."""
+    dataset = make_dataset([_record(["red.png", "blue.png"], "What?"), _record()])
+    store = FeatureStore(tmp_path / "cache", {})
+    store.open()
+    dataset.use_feature_store(store)
+    before = dataset[0]
+    assert [pixels.shape for pixels in before["pixel_values"]] == [(1, 3, 56, 56)] * 2
+    assert before["vision_features"] == [(), ()]
+    key, is_damaged = before["image_lookups"][0]
+    assert not is_damaged
+    assert before["image_sizes"].tolist() == [[40, 60], [40, 60]]
+    store.write(key, ImageFeatures(ImageSize(40, 60), (torch.ones(1, 16, 8),)))
+    opened, really_open = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda path: opened.append(os.path.basename(path)) or really_open(path))
+    after = dataset[0]
+    assert opened == ["blue.png"]
+    assert [pixels.numel() for pixels in after["pixel_values"]] == [0, 3 * 56 * 56]
+    assert [len(layers) for layers in after["vision_features"]] == [1, 0]
+    assert torch.equal(after["vision_features"][0][0], torch.ones(1, 16, 8))
+    assert torch.equal(after["pixel_values"][1], before["pixel_values"][1])
+    for name in ("input_ids", "labels", "image_sizes"):
+        assert torch.equal(after[name], before[name])
+    assert "image_lookups" not in dataset[1]
+
+
+def test_image_that_vanished_is_reported_with_a_feature_store_too(make_dataset, tmp_path):
+    dataset = make_dataset([_record("red.png")])
+    store = FeatureStore(tmp_path / "cache", {})
+    store.open()
+    dataset.use_feature_store(store)
+    (tmp_path / "red.png").unlink()
+    with pytest.raises(BadSampleError, match="red.png"):
+        dataset[0]

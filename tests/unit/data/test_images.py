@@ -25,6 +25,7 @@ from llava_saep.data.images import (
     preprocess_image,
     processed_image_size,
     read_image_size,
+    resized_size,
     select_resolution,
     select_tile_grid,
 )
@@ -230,3 +231,65 @@ def test_resolution_is_chosen_by_pixels_kept_then_by_waste_then_by_order(pinpoin
 def test_pinpoint_that_is_no_multiple_of_the_tile_is_named():
     with pytest.raises(UserError, match=r"\(100, 56\), which cannot be cut into tiles of 56 x 56 pixels"):
         select_tile_grid(ImageSize(50, 100), ImageSize(56, 56), ((100, 56),))
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    """A JPEG of 1200 x 900 pixels with edges, slopes and a texture."""
+    rows, columns = np.mgrid[0:900, 0:1200]
+    planes = [
+        columns / 1200 * 255,
+        np.where((columns // 75 + rows // 75) % 2, 220, 30),
+        128 + 60 * np.sin(columns / 9) * np.cos(rows / 7),
+    ]
+    path = tmp_path_factory.mktemp("photo") / "photo.jpg"
+    Image.fromarray(np.stack(planes, axis=-1).astype(np.uint8)).save(path, quality=90)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("smallest", "expected"),
+    [
+        (ImageSize(450, 600), (600, 450)),
+        (ImageSize(451, 600), (1200, 900)),
+        (ImageSize(114, 150), (300, 225)),
+        (ImageSize(1, 1), (150, 113)),
+        (ImageSize(2000, 3000), (1200, 900)),
+    ],
+)
+def test_reduced_jpeg_is_never_smaller_than_needed(smallest, expected, photo):
+    asked = []
+    image = load_image(photo, smallest_size=lambda original: asked.append(original) or smallest)
+    assert asked == [ImageSize(900, 1200)]
+    assert image.size == expected
+    assert load_image(photo).size == (1200, 900)
+
+
+def test_other_formats_are_read_whole(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "image.png")
+    assert load_image(tmp_path / "image.png", smallest_size=lambda original: ImageSize(1, 1)).size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("aspect_ratio", "original", "expected"),
+    [("square", (900, 1200), (56, 75)), ("pad", (900, 1200), (42, 56)), ("square", (300, 100), (168, 56))],
+)
+def test_size_after_the_resize_is_known_beforehand(aspect_ratio, original, expected, image_processor):
+    assert resized_size(ImageSize(*original), image_processor, aspect_ratio) == expected
+
+
+def test_size_after_the_resize_of_a_processor_that_squeezes():
+    processor = SiglipImageProcessorPil(size={"height": 56, "width": 56})
+    assert resized_size(ImageSize(900, 1200), processor, "square") == (56, 56)
+    assert resized_size(ImageSize(900, 1200), processor, "pad") == (42, 56)
+
+
+@pytest.mark.parametrize("aspect_ratio", ["square", "pad"])
+def test_reduced_decoding_changes_pixels_little(aspect_ratio, photo, image_processor):
+    """Both ways average blocks of pixels before the tower sees them; the weights of the averages differ."""
+    whole = preprocess_image(load_image(photo), image_processor, aspect_ratio)
+    reduced = load_image(photo, smallest_size=lambda size: resized_size(size, image_processor, aspect_ratio))
+    assert max(reduced.size) < 1200
+    difference = (preprocess_image(reduced, image_processor, aspect_ratio) - whole).abs()
+    in_grey_levels = difference * torch.tensor(image_processor.image_std)[:, None, None] * 255
+    assert 0 < in_grey_levels.mean() < 4
