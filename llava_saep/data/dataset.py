@@ -29,7 +29,7 @@ from llava_saep.data.images import (
     preprocess_image,
     processed_image_size,
     read_image_size,
-    resized_size,
+    smallest_decoded_size,
 )
 from llava_saep.data.progress import show_progress
 from llava_saep.data.records import (
@@ -425,13 +425,13 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         image = load_image(
             path,
             apply_exif_orientation=self.apply_exif_orientation,
-            smallest_size=self._size_after_resize if self.jpeg_draft else None,
+            smallest_size=self._smallest_decoded_size if self.jpeg_draft else None,
         )
         pixels = preprocess_image(image, self.image_processor, self.image_aspect_ratio, self.image_grid_pinpoints)
         return ImageSize(image.height, image.width), pixels
 
-    def _size_after_resize(self, original: ImageSize) -> ImageSize:
-        return resized_size(original, self.image_processor, self.image_aspect_ratio)
+    def _smallest_decoded_size(self, original: ImageSize) -> ImageSize:
+        return smallest_decoded_size(original, self.image_processor, self.image_aspect_ratio)
 
     def _read_size(self, record: Record, name: str) -> ImageSize:
         try:

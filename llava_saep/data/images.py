@@ -53,6 +53,8 @@ MAX_IMAGE_PIXELS = 178_956_970
 MAX_SIDE_RATIO = 200
 """Longest over shortest side. A thinner image would be resized to a strip of gigabytes before its centre is cut out."""
 
+_REDUCING_GAP = 2
+
 _DECODER_ERRORS = (
     OSError,
     SyntaxError,
@@ -182,14 +184,17 @@ def processed_image_size(image_processor: ImageProcessor) -> ImageSize:
     )
 
 
-def resized_size(original: ImageSize, image_processor: ImageProcessor, aspect_ratio: str) -> ImageSize:
-    """Return the size that `preprocess_image` brings an image's content to before it crops, for "square" and "pad"."""
+def smallest_decoded_size(original: ImageSize, image_processor: ImageProcessor, aspect_ratio: str) -> ImageSize:
+    """Return the size below which a JPEG must not be decoded: twice what "square" or "pad" resizes its content to.
+
+    The factor is Pillow's own for thumbnails; docs/results.md has what it costs and spares.
+    """
     size = image_processor.size
     sides = [size[name] for name in ("height", "width", "shortest_edge") if size.get(name)]
     if aspect_ratio != "pad" and len(sides) == 2:
-        return ImageSize(*sides)
+        return ImageSize(*(_REDUCING_GAP * side for side in sides))
     side = max(original) if aspect_ratio == "pad" else min(original)
-    return ImageSize(*(math.ceil(length * max(sides) / side) for length in original))
+    return ImageSize(*(math.ceil(_REDUCING_GAP * length * max(sides) / side) for length in original))
 
 
 def expand_to_square(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
