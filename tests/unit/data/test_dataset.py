@@ -294,7 +294,7 @@ def test_the_sample_in_the_playground_can_be_used(tokenizer, image_processor):
 
 
 def test_large_jpeg_is_decoded_small_only_on_request(make_dataset, tmp_path, monkeypatch):
-    """LLaVA decodes it whole, so its pixels are the default; with the flag the resize starts from 1/4 of it."""
+    """LLaVA decodes it whole, so its pixels are the default; with the flag the resize starts from 1/8 of it."""
     Image.new("RGB", (960, 640), "red").save(tmp_path / "photo.jpg")
     sizes = []
     record = _record("photo.jpg")
@@ -304,7 +304,7 @@ def test_large_jpeg_is_decoded_small_only_on_request(make_dataset, tmp_path, mon
     )
     for jpeg_draft in (False, True):
         make_dataset([record], jpeg_draft=jpeg_draft)[0]
-    assert sizes == [(960, 640), (240, 160)]
+    assert sizes == [(960, 640), (120, 80)]
 
 
 def test_stored_features_take_the_place_of_pixels(make_dataset, tmp_path, monkeypatch):

@@ -292,4 +292,4 @@ def test_reduced_decoding_changes_pixels_little(aspect_ratio, photo, image_proce
     assert max(reduced.size) < 1200
     difference = (preprocess_image(reduced, image_processor, aspect_ratio) - whole).abs()
     in_grey_levels = difference * torch.tensor(image_processor.image_std)[:, None, None] * 255
-    assert 0 < in_grey_levels.mean() < 1
+    assert 0 < in_grey_levels.mean() < 4

@@ -67,7 +67,7 @@ def test_stored_and_computed_features_join_in_the_order_of_the_images(cached, st
         for layer, reference in zip(output["vision_features"].layers, expected, strict=True):
             # One call over other crops: the sums of a row may be done in another order.
             torch.testing.assert_close(layer, reference, rtol=0, atol=1e-5)
-    assert cached.counts == {"computed": 5, "read": 1}
+    assert dict(+cached.counts) == {"computed": 5, "read": 1}
 
 
 def test_zero_image_of_a_text_only_batch_is_computed_once_and_never_stored(cached, store, tower):
@@ -94,7 +94,7 @@ def test_full_disk_changes_no_features_and_is_counted(cached, store, tower, monk
     for layer, reference in zip(output["vision_features"].layers, expected, strict=True):
         assert torch.equal(layer, reference)
     cached.complete(make_batch(stack))
-    assert cached.counts == {"computed": 2, "not stored": 2, "read": 0, "damaged": 0}
+    assert dict(+cached.counts) == {"computed": 2, "not stored": 2}
 
 
 def test_tower_is_left_in_the_mode_it_was_in(cached, tower):
