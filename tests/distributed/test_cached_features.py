@@ -17,6 +17,7 @@ KINDS = {
     "projector": {"tune_mm_mlp_adapter": True},
     "crops": {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad", "model_max_length": 1024},
     "two_towers": {"tune_mm_mlp_adapter": True},
+    "packed": {"packing": True, "tune_mm_mlp_adapter": True},
 }
 
 
@@ -57,7 +58,9 @@ def stored(cache):
     return sorted(cache.rglob("*.features"))
 
 
-@pytest.mark.parametrize("kind", ["projector", "crops", pytest.param("two_towers", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["projector", "crops", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("two_towers", "packed"))]
+)
 def test_losses_are_those_of_a_run_without_cache_to_the_last_bit(kind, alone, bases_of, conversations, tmp_path):
     """The first run computes everything in its first epoch, the second nothing; batches are the same ones."""
     for name, said in (("first", "4 computed, 4 read"), ("second", "8 read")):
