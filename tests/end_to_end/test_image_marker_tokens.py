@@ -321,6 +321,27 @@ def test_resumed_stage_1_equals_one_without_a_break(stage, stage_1, bases, data,
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["stage_1", "lora", "full"])
+def test_split_model_in_bf16_writes_what_it_trained(kind, stage_1, bases, data, tmp_path):
+    """ZeRO-3 keeps slices on two ranks; the rows are put together for the output, and again for the next stage."""
+    flags = {
+        "stage_1": STAGE_1 | {"gradient_checkpointing": True},
+        "lora": LORA | {"pretrain_mm_mlp_adapter": stage_1, "gradient_checkpointing": True},
+        "full": {"mm_use_im_start_end": True, "pretrain_mm_mlp_adapter": stage_1},
+    }[kind]
+    output = run(bases, data, tmp_path, world_size=2, deepspeed=deepspeed_json(3), bf16=True, **flags)
+    found = load_model(output, dtype=torch.bfloat16).get_input_embeddings().weight
+    before = load_file(stage_1 / "mm_projector.safetensors")[EMBEDDING].to(torch.bfloat16)
+    base = base_matrices(bases)[0].to(torch.bfloat16)
+    assert found.shape == before.shape
+    if kind == "lora":
+        assert torch.equal(found[ROWS:], before[ROWS:]) and torch.equal(found[:ROWS], base)
+    else:
+        assert not torch.equal(found[ROWS], found[ROWS + 1])
+        assert 10 < (found[:ROWS] != base).any(dim=1).sum() < ROWS
+
+
 # Checkpoints with further rows
 
 
