@@ -64,6 +64,7 @@ def inspect_foreign_folder(
     model_base: str | None = None,
     vision_tower: str | None = None,
     projector: ProjectorSelection | None = None,
+    fallback_tower: str | None = None,
 ) -> LlavaFolder | HfFolder:
     """Find out what a folder in LLaVA's or llava-hf's format holds; the arguments are `inspect_llava_folder`'s.
 
@@ -71,20 +72,24 @@ def inspect_foreign_folder(
         UserError, ProjectorError: as there; or a whole llava-hf model is given a base or another part.
     """
     if detect_format(folder) == "llava":
-        return inspect_llava_folder(folder, model_base=model_base, vision_tower=vision_tower, projector=projector)
+        parts = {"model_base": model_base, "vision_tower": vision_tower, "projector": projector}
+        return inspect_llava_folder(folder, **parts, fallback_tower=fallback_tower)
     refuse_parts(folder, model_base, vision_tower, projector)
     return inspect_hf_folder(folder)
 
 
-def read_base_config(name_or_path: str, flag: str) -> PreTrainedConfig:
+def read_base_config(name_or_path: str, flag: str, fallback_tower: str | None = None) -> PreTrainedConfig:
     """Read the config of what a run starts from: ours for a saved model of any format, else a language model's.
 
+    Args:
+        flag: as in `read_config`.
+        fallback_tower: as in `inspect_llava_folder`.
     Raises:
         UserError, ProjectorError: as `read_config` and `inspect_foreign_folder`.
     """
     fields = read_config_fields(name_or_path)
     if fields is not None and (is_hf_config(fields) or is_llava_config(fields)):
-        return inspect_foreign_folder(local_folder(name_or_path)).config
+        return inspect_foreign_folder(local_folder(name_or_path), fallback_tower=fallback_tower).config
     return read_config(name_or_path, flag)
 
 

@@ -7,6 +7,7 @@ fields of the language model, flat, with LLaVA's `mm_*` among them. The folder's
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -97,6 +98,7 @@ def inspect_llava_folder(
     model_base: str | None = None,
     vision_tower: str | None = None,
     projector: ProjectorSelection | None = None,
+    fallback_tower: str | None = None,
 ) -> LlavaFolder:
     """Decide from files and config what a folder is and what belongs to it.
 
@@ -104,6 +106,7 @@ def inspect_llava_folder(
         model_base: the language model of a projector or adapter, where the config does not name it.
         vision_tower: in place of the config's mm_vision_tower.
         projector: in place of the config's mm_projector_type.
+        fallback_tower: in place of the config's mm_vision_tower where that cannot be read here.
     Raises:
         UserError, ProjectorError: no LLaVA folder, a part that cannot be found, or something that is not supported.
     """
@@ -114,7 +117,7 @@ def inspect_llava_folder(
     _refuse_unsupported(path, fields)
     kind, extra_weights = _find_weights(path, model_base)
     base = None if kind == "full" else _find_base(path, fields, kind, model_base)
-    tower = _find_tower(path, fields, vision_tower)
+    tower = _find_tower(path, fields, vision_tower, fallback_tower)
     text_config = _text_config(path, fields)
     tokenizer = build_tokenizer(base or str(path), _extra_tokens(fields), text_config)
     image_token_id = tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)
@@ -228,8 +231,8 @@ def _find_base(path: Path, fields: Mapping[str, Any], kind: Kind, model_base: st
     return _beside(path, str(named)) or str(named)
 
 
-def _find_tower(path: Path, fields: Mapping[str, Any], vision_tower: str | None) -> str:
-    named = vision_tower or fields.get("mm_vision_tower")
+def _find_tower(path: Path, fields: Mapping[str, Any], vision_tower: str | None, fallback: str | None = None) -> str:
+    named = vision_tower or fields.get("mm_vision_tower") or fallback
     if not named:
         raise UserError(f"{path}/config.json names no mm_vision_tower; name the tower with --vision_tower")
     found = ",".join(_beside(path, name) or name for name in split_tower_names(str(named)))
@@ -238,11 +241,21 @@ def _find_tower(path: Path, fields: Mapping[str, Any], vision_tower: str | None)
     except UserError as error:
         if vision_tower:
             raise
+        if fallback and named != fallback:
+            _warn_of_fallback(path, str(named), fallback)
+            return _find_tower(path, fields, fallback)
         raise UserError(
             f"the vision tower {named!r} that {path}/config.json names (mm_vision_tower) cannot be read: {error}. Name "
             "the folder or hub name that has it with --vision_tower"
         ) from error
     return found
+
+
+@functools.cache  # a run reads the folder's config several times
+def _warn_of_fallback(path: Path, named: str, fallback: str) -> None:
+    logger.warning(
+        "%s: the vision tower %r that its config names cannot be read here; %s takes its place", path, named, fallback
+    )
 
 
 def _beside(path: Path, name: str) -> str | None:

@@ -142,7 +142,7 @@ def build_model(
     Raises:
         UserError, ProjectorError: a part is missing, unreadable, or does not fit the others.
     """
-    base_config = read_base_config(language_model, "--model_name_or_path")
+    base_config = read_base_config(language_model, "--model_name_or_path", fallback_tower=vision_tower)
     if isinstance(base_config, LlavaSaepConfig):
         if mm_patch_merge_type is not None:
             base_config.mm_patch_merge_type = mm_patch_merge_type
@@ -151,7 +151,7 @@ def build_model(
         if mm_use_im_start_end is not None:
             base_config.mm_use_im_start_end = mm_use_im_start_end
         base_config.added_token_ids = list(added_token_ids) or None
-        config, weights = _composed_parts(language_model, base_config, projector, dtype)
+        config, weights = _composed_parts(language_model, base_config, projector, dtype, fallback_tower=vision_tower)
     else:
         config = make_config(
             language_model=language_model,
@@ -176,11 +176,15 @@ def build_model(
 
 
 def _composed_parts(
-    folder: str, config: LlavaSaepConfig, projector: ProjectorSelection, dtype: torch.dtype
+    folder: str,
+    config: LlavaSaepConfig,
+    projector: ProjectorSelection,
+    dtype: torch.dtype,
+    fallback_tower: str | None,
 ) -> tuple[LlavaSaepConfig, dict[str, Tensor]]:
     """Return config and weights of a saved llava_saep model whose projector is replaced if another is asked for."""
     with loading_whole():
-        model = load_model(folder, dtype=dtype)
+        model = load_model(folder, dtype=dtype, fallback_tower=fallback_tower)
     weights = dict(model.state_dict())
     config.text_config = with_room_for(config.text_config, config.added_token_ids or ())
     if config.tie_word_embeddings:
@@ -469,6 +473,7 @@ def load_model(
     vision_tower: str | None = None,
     projector: ProjectorSelection | None = None,
     quantization: QuantizationConfig | None = None,
+    fallback_tower: str | None = None,
 ) -> LlavaSaepForConditionalGeneration:
     """Load any folder that training wrote, the original LLaVA's or llava-hf's too, in evaluation mode.
 
@@ -481,6 +486,7 @@ def load_model(
             `inspect_llava_folder`.
         trust_projector_code: permit the config to import a projector from outside this package. None: as
             `trusting_projector_code` around the call says, and else not.
+        fallback_tower: for a folder of the original LLaVA, see `inspect_llava_folder`.
         quantization: round the language model, its adapter merged, to fewer bits; `dtype` is what the rest has.
     Raises:
         UserError, ProjectorError: the folder is no saved model, or its weights are missing, damaged or misshapen.
@@ -490,7 +496,8 @@ def load_model(
     with trusting_projector_code(trust_projector_code):
         kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
         if detect_format(folder) != "own":
-            model = load_foreign_model(inspect_foreign_folder(folder, **parts), dtype, **kwargs)
+            foreign = inspect_foreign_folder(folder, **parts, fallback_tower=fallback_tower)
+            model = load_foreign_model(foreign, dtype, **kwargs)
         else:
             refuse_parts(folder, **parts)
             saved = inspect_folder(folder)
@@ -573,13 +580,17 @@ def _load_non_lora_weights(model: nn.Module, folder: Path) -> None:
 
 
 def load_processor(
-    folder: str | Path, *, trust_projector_code: bool | None = None, model_base: str | None = None
+    folder: str | Path,
+    *,
+    trust_projector_code: bool | None = None,
+    model_base: str | None = None,
+    fallback_tower: str | None = None,
 ) -> LlavaSaepProcessor:
     """Load the processor that training wrote beside a model, or make the one of a LLaVA or llava-hf folder.
 
     Args:
         model_base: as in `inspect_folder`.
-        trust_projector_code: as in `load_model`.
+        trust_projector_code, fallback_tower: as in `load_model`.
     Raises:
         UserError: there is no such folder, or it has no readable processor.
     """
@@ -588,7 +599,8 @@ def load_processor(
         raise UserError(f"{folder} is not a folder; expected one that training wrote (its --output_dir)")
     with trusting_projector_code(trust_projector_code):
         if (folder / "config.json").is_file() and detect_format(folder) != "own":
-            return build_foreign_processor(inspect_foreign_folder(folder, model_base=model_base))
+            foreign = inspect_foreign_folder(folder, model_base=model_base, fallback_tower=fallback_tower)
+            return build_foreign_processor(foreign)
         try:
             return LlavaSaepProcessor.from_pretrained(folder, backend="pil")
         except (OSError, ValueError, TypeError) as error:

@@ -322,7 +322,7 @@ def _check_named_layers(model: ModelConfig, model_config: LlavaSaepConfig) -> No
 
 def _plan(config: RunConfig) -> tuple[LlavaSaepProcessor, LlavaSaepConfig]:
     model = config.model
-    base = read_base_config(model.language_model, "--model_name_or_path")
+    base = read_base_config(model.language_model, "--model_name_or_path", fallback_tower=model.vision_tower)
     if isinstance(base, LlavaSaepConfig):
         return _plan_from_saved(config, base)
     if model.vision_tower is None:
@@ -377,7 +377,7 @@ def _plan_from_saved(config: RunConfig, base: LlavaSaepConfig) -> tuple[LlavaSae
     else:
         remember_selection(config.model.projector)
         planned.projector = config.model.projector.to_dict()
-    saved = load_processor(config.model.language_model)
+    saved = load_processor(config.model.language_model, fallback_tower=config.model.vision_tower)
     crops = _crops(config, saved.image_processor, base)
     planned.mm_patch_merge_type = crops["mm_patch_merge_type"]
     planned.image_grid_pinpoints = [list(pair) for pair in crops["image_grid_pinpoints"]] or None

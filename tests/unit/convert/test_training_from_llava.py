@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 from llava_saep.arguments import parse_arguments
 from llava_saep.convert.checkpoint import Source
 from llava_saep.convert.run import convert
+from llava_saep.errors import UserError
 from llava_saep.model.loading import load_model
 from llava_saep.train import train_mem
 from llava_saep.train.run import plan_model
+from tests.fixtures.ranks import train_on_ranks
 from tests.fixtures.tiny import write_data
 from tests.fixtures.training import logged
 
@@ -70,3 +72,24 @@ def test_training_goes_on_from_its_weights_and_writes_a_model_that_converts_back
     moved = (trained[name].float() - stored[name].float()).abs()
     assert 0 < moved.max() < 1e-2  # two steps of 1e-3 away from where it was, not a fresh start
     assert json.loads((tmp_path / "back" / "config.json").read_text())["model_type"] == "llava_llama"
+
+
+def test_tower_that_cannot_be_had_by_its_name_is_taken_from_the_flag(tmp_path):
+    """Released checkpoints name a hub model, which a machine without network has in a folder of its own."""
+    folder = tmp_path / "llava"
+    folder.mkdir()
+    for file in (CHECKPOINTS / "llava_tiny_v15").iterdir():
+        (folder / file.name).symlink_to(file)
+    fields = json.loads((folder / "config.json").read_text()) | {"mm_vision_tower": "nobody/gone"}
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(fields))
+    data = write_data(tmp_path / "data", num_records=4)
+    with pytest.raises(UserError, match="'nobody/gone' .*cannot be read.* with --vision_tower"):
+        plan_model(parse_arguments(flags(folder, data, tmp_path / "out")))
+    argv = flags(folder, data, tmp_path / "out", vision_tower=CHECKPOINTS / "clip_tiny", max_steps=1, learning_rate=0)
+    train_on_ranks(argv, world_size=1, output_dir=tmp_path / "out")
+    log = (tmp_path / "out" / "ranks" / "rank_0.txt").read_text()
+    assert f"'nobody/gone' that its config names cannot be read here; {CHECKPOINTS / 'clip_tiny'} takes" in log
+    trained, expected = load_model(tmp_path / "out"), load_model(CHECKPOINTS / "llava_tiny_v15")
+    assert trained.config.vision_tower_name_or_path == str(CHECKPOINTS / "clip_tiny")
+    assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), expected.parameters(), strict=True))
