@@ -5,6 +5,7 @@ import logging
 from collections.abc import Sequence
 
 from llava_saep.errors import UserError
+from llava_saep.program import AbbreviatingParser
 from projectors import ProjectorSelection, parse_projector_options, select_projector
 
 DESCRIPTION = """\
@@ -76,7 +77,7 @@ def _checked_template(name: str | None) -> str | None:
 
 def parser() -> argparse.ArgumentParser:
     """The flags."""
-    result = argparse.ArgumentParser(
+    result = AbbreviatingParser(
         prog="llava-saep convert",
         description=DESCRIPTION,
         epilog=EXAMPLES,

@@ -9,6 +9,7 @@ from llava_saep.evaluation.evaluate import Evaluation, evaluate_model
 from llava_saep.evaluation.questions import read_questions
 from llava_saep.evaluation.report import report_rows, terminal_table
 from llava_saep.evaluation.runner import check_images
+from llava_saep.program import AbbreviatingParser
 
 
 def main(argv: Sequence[str]) -> int:
@@ -20,11 +21,16 @@ def main(argv: Sequence[str]) -> int:
     questions = read_questions(question_file)
     image_folder = Path(arguments.image_folder) if arguments.image_folder else default_image_folder(question_file)
     check_images(questions, image_folder)
+    from llava_saep.model.hub import is_hub_name, local_folder  # brings transformers, which --help shall not wait for
+
     model_path = Path(arguments.model_path)
-    output_dir = Path(arguments.output_dir) if arguments.output_dir else model_path / "evaluation"
+    # Beside a model of the hub nobody would find the answers.
+    default_output_dir = Path("evaluation") / model_path.name if is_hub_name(model_path) else model_path / "evaluation"
+    output_dir = Path(arguments.output_dir or default_output_dir)
     evaluation = evaluate_model(
-        model_path,
+        local_folder(model_path),
         questions,
+        model_id=model_path.name,
         image_folder=image_folder,
         output_dir=output_dir,
         batch_size=arguments.batch_size,
@@ -55,19 +61,23 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = AbbreviatingParser(
         prog="llava-saep eval",
         description="Answer a question file (one JSON object per line: question_id, image, text, category, answer) and "
         "score the final words of each freely generated answer. An interrupted run goes on where it stopped.",
     )
-    parser.add_argument("--model_path", "--model-path", required=True, help="folder that training wrote")
+    parser.add_argument("--model_path", "--model-path", required=True, help="folder that training wrote, or hub name")
     parser.add_argument("--question_file", "--question-file", required=True)
     parser.add_argument(
         "--image_folder",
         "--image-folder",
         help="default: images/ beside the question file, or else the folder that the file is in",
     )
-    parser.add_argument("--output_dir", "--output-dir", help="default: evaluation/ in the model's folder")
+    parser.add_argument(
+        "--output_dir",
+        "--output-dir",
+        help="default: evaluation/ in the model's folder; evaluation/NAME for a model of the hub",
+    )
     parser.add_argument("--batch_size", "--batch-size", type=int, default=32)
     parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=64)
     parser.add_argument("--blind", action="store_true", help="also answer without the images, for comparison")

@@ -33,25 +33,27 @@ def evaluate_model(
     max_new_tokens: int,
     blind: bool = True,
     chance: Mapping[str, float] | None = None,
+    model_id: str | None = None,
     device: str | None = None,
     trust_projector_code: bool = False,
 ) -> Evaluation:
     """Answer the questions greedily, write answers and reports to `output_dir`, and return the scores.
 
-    `chance` is passed on to `score_answers`.
+    `chance` is passed on to `score_answers`. `model_id` names the model in answers and reports; None: as its folder.
     Writes answers.jsonl, answers_blind.jsonl (when `blind`), report.json and report.md.
     """
     if not model_path.is_dir():
         raise UserError(f"{model_path}: no such folder; --model_path names what training wrote (its --output_dir)")
     from llava_saep.generation import GenerationOptions, Predictor
 
+    model_id = model_id or model_path.name
     predictor = Predictor.from_pretrained(model_path, device=device, trust_projector_code=trust_projector_code)
     answer = partial(
         answer_questions,
         questions,
         partial(predictor.generate, options=GenerationOptions(max_new_tokens=max_new_tokens)),
         image_folder=image_folder,
-        model_id=model_path.name,
+        model_id=model_id,
         # Another limit gives other answers, so it is part of what made them.
         fingerprint=f"{model_fingerprint(model_path)}-{max_new_tokens}",
         batch_size=batch_size,
@@ -65,7 +67,7 @@ def evaluate_model(
         blind_path = output_dir / "answers_blind.jsonl"
         blind_texts = answer(answers_path=blind_path, blind=True, description="without images")
         blind_scores = score_answers(questions, dict(zip(question_ids, blind_texts, strict=True)), chance)
-    _write_reports(output_dir, model_path.name, scores, blind_scores)
+    _write_reports(output_dir, model_id, scores, blind_scores)
     return Evaluation(
         questions=tuple(questions), answers=answers, scores=tuple(scores), blind_scores=tuple(blind_scores)
     )

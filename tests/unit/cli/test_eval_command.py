@@ -54,6 +54,16 @@ def test_images_beside_the_question_file_are_found_and_both_runs_scored(folders,
     assert "75.0 %" in last_row and "25.0 %" in last_row
 
 
+def test_model_of_the_hub_is_evaluated_into_a_folder_of_its_name(folders, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name: str(folders / "model"))
+    monkeypatch.chdir(folders)
+    argv = flags(folders)
+    argv[argv.index("--model_path") + 1] = "org/some-llava"
+    assert main(argv) == 0
+    records = (folders / "evaluation" / "some-llava" / "answers.jsonl").read_text().splitlines()
+    assert {json.loads(record)["model_id"] for record in records} == {"some-llava"}
+
+
 def test_without_blind_only_the_images_are_asked_about(folders):
     assert main(flags(folders)) == 0
     assert not (folders / "model" / "evaluation" / "answers_blind.jsonl").exists()
