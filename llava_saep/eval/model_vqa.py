@@ -8,6 +8,7 @@ stopped when the same command is given again.
 """
 
 import argparse
+import logging
 import math
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ from llava_saep.generation import GenerationOptions, Predictor
 from llava_saep.mm_utils import get_model_name_from_path
 from llava_saep.model.hub import local_folder
 from llava_saep.program import AbbreviatingParser, run_program
+
+logger = logging.getLogger(__name__)
 
 NAME = "llava_saep.eval.model_vqa"
 MAX_NEW_TOKENS = 1024
@@ -68,6 +71,18 @@ def decoding_options(arguments: argparse.Namespace) -> GenerationOptions:
     )
 
 
+def fit_to_context(options: GenerationOptions, predictor: Predictor) -> GenerationOptions:
+    """Shorten answers for a model with a short context (`Predictor.fit`), and say so: the answers may end early."""
+    fitted = predictor.fit(options)
+    if fitted != options:
+        logger.warning(
+            "--max-new-tokens %d leaves no room for a prompt in the model's context; %d is used",
+            options.max_new_tokens,
+            fitted.max_new_tokens,
+        )
+    return fitted
+
+
 def chunk(items: Sequence[T], num_chunks: int, index: int) -> Sequence[T]:
     """Return one of `num_chunks` consecutive parts; the last ones may be shorter, or empty.
 
@@ -102,7 +117,7 @@ def main(argv: Sequence[str] | None = None, *, name: str = NAME, max_new_tokens:
         model_base=arguments.model_base,
         template=arguments.conv_mode,
     )
-    options = predictor.fit(options)
+    options = fit_to_context(options, predictor)
     made_by = (model_fingerprint(model_path), arguments.model_base, predictor.template.name, options)
     answer_questions(
         questions,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llava_saep.data.remote_images import find_image
-from llava_saep.eval.model_vqa import add_decoding_flags, decoding_options
+from llava_saep.eval.model_vqa import add_decoding_flags, decoding_options, fit_to_context
 from llava_saep.generation import Predictor
 from llava_saep.program import AbbreviatingParser, run_program
 
@@ -55,7 +55,7 @@ def eval_model(args: Any) -> str:
         template=args.conv_mode,
     )
     content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": args.query}]
-    (answer,) = predictor.generate([[{"role": "user", "content": content}]], predictor.fit(options))
+    (answer,) = predictor.generate([[{"role": "user", "content": content}]], fit_to_context(options, predictor))
     print(answer)
     return answer
 

@@ -98,8 +98,8 @@ def test_anyres_cuts_images_as_llava_1_6_does(run_recipe):
     assert config.data.max_length == 4096
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize(("num_gpus", "per_gpu"), [("8", None), ("4", None), ("2", "4"), ("1", "1")])
+@pytest.mark.parametrize("stage", ["pretrain", "finetune", "finetune_anyres"])
+@pytest.mark.parametrize(("num_gpus", "per_gpu"), [("8", None), ("2", None), ("1", "1")])
 def test_a_step_sees_llavas_batch_on_any_number_of_gpus(stage, num_gpus, per_gpu, run_recipe):
     settings = {"NUM_GPUS": num_gpus} | ({} if per_gpu is None else {"PER_GPU": per_gpu})
     launcher, flags = run_recipe("saep", stage, **settings)

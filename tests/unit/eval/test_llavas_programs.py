@@ -159,6 +159,12 @@ def test_another_way_of_decoding_is_answered_anew(questions):
     assert not {r["answer_id"] for r in first} & {r["answer_id"] for r in again}
 
 
+def test_limit_that_the_context_does_not_allow_is_said(questions, caplog):
+    """The tiny model's context is 512 tokens."""
+    answer(model_vqa, questions, "--max_new_tokens", "300", "--num-chunks", "5")
+    assert "--max-new-tokens 300 leaves no room for a prompt in the model's context; 150 is used" in caplog.text
+
+
 def test_eval_model_takes_the_arguments_of_llavas_readme(tmp_path, capsys):
     images = [write_image(tmp_path / f"{index}.png", seed=index) for index in range(2)]
     values = {
