@@ -194,8 +194,10 @@ def test_adapter_goes_with_the_rows_of_the_new_tokens(with_tower, stage_1, bases
     assert torch.equal(model.get_input_embeddings().weight[:ROWS], base_matrices(bases)[0])
 
 
-def test_adapter_without_stage_1_has_rows_too(bases, data, tmp_path):
-    run(bases, data, tmp_path, max_steps=1, **LORA)
+@pytest.mark.parametrize("flags", [LORA, {"freeze_backbone": True, "mm_use_im_start_end": True}], ids=["lora", "alone"])
+def test_output_without_stage_1_has_rows_too(flags, bases, data, tmp_path):
+    run(bases, data, tmp_path, max_steps=1, **flags)
+    assert load_file(tmp_path / "mm_projector.safetensors")[EMBEDDING].shape[0] == 2
     mean = base_matrices(bases)[0].mean(dim=0)
     torch.testing.assert_close(load_model(tmp_path).get_input_embeddings().weight[ROWS:], mean.expand(2, -1))
 
