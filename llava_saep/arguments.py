@@ -31,6 +31,7 @@ from llava_saep.model.segment_attention import SEGMENTS
 from llava_saep.program import AbbreviatingParser
 from llava_saep.train.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainablePart, TrainingConfig
 from llava_saep.train.saving import output_kind
+from llava_saep.train.stage_presets import use_preset
 from projectors import (
     ProjectorSelection,
     parse_projector_options,
@@ -145,7 +146,25 @@ class DataArguments:
         },
     )
     on_bad_sample: Literal["error", "skip"] = field(
-        default="error", metadata={"help": "a record that cannot be used stops the run, or is counted and skipped"}
+        default="error",
+        metadata={"help": "a record that cannot be used ends the run before it starts, or is counted and skipped"},
+    )
+    on_bad_image: Literal["skip", "error"] = field(
+        default="skip",
+        metadata={"help": "an image found damaged while training is replaced and counted, or ends the run"},
+    )
+    on_too_long: Literal["truncate", "skip", "error"] = field(
+        default="truncate",
+        metadata={"help": "records of more tokens than --model_max_length are cut (as in LLaVA), skipped, or an error"},
+    )
+    precheck_images: bool = field(
+        default=False, metadata={"help": "decode every image before training starts; --on_bad_sample says what then"}
+    )
+    eval_data_path: str | None = field(
+        default=None, metadata={"help": "held-out LLaVA JSON file: its loss and token accuracy are logged at intervals"}
+    )
+    eval_image_folder: str | None = field(
+        default=None, metadata={"help": "folder of the held-out images; None: --image_folder"}
     )
     packing: bool = field(
         default=False,
@@ -186,6 +205,14 @@ class TrainingArguments(transformers.TrainingArguments):
     group_by_modality_length: bool = field(
         default=False, metadata={"help": "batches of like lengths, with images or without, as LLaVA's fine-tuning"}
     )
+    stage: Literal["pretrain", "finetune", "lora"] | None = field(
+        default=None,
+        metadata={"help": "start from LLaVA-1.5's values for this stage; every flag still overrides its own"},
+    )
+    on_nan_loss: Literal["stop", "skip"] = field(
+        default="stop",
+        metadata={"help": "a loss that is NaN or infinite stops all ranks before the step, or the step is left out"},
+    )
     resume: str = field(
         default="auto",
         metadata={"help": "auto: from the newest complete checkpoint in --output_dir; never; or a checkpoint's path"},
@@ -208,7 +235,7 @@ _NOT_NEGATIVE = "learning_rate mm_projector_lr weight_decay warmup_steps dataloa
 _RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
     **dict.fromkeys(_AT_LEAST_ONE, (lambda value: value >= 1, "at least 1")),
     **dict.fromkeys(_NOT_NEGATIVE, (lambda value: 0 <= value < math.inf, "0 or more")),
-    "num_train_epochs": (lambda value: 0 < value < math.inf, "more than 0"),
+    **dict.fromkeys(("num_train_epochs", "eval_steps"), (lambda value: 0 < value < math.inf, "more than 0")),
     **dict.fromkeys(
         ("lora_dropout", "adam_beta1", "adam_beta2"), (lambda value: 0 <= value < 1, "0 or more, and less than 1")
     ),
@@ -375,6 +402,37 @@ def _parse_namespace(argv: Sequence[str]) -> argparse.Namespace:
     raise UserError(f"unknown flag {first.split('=')[0]}.{hint}")
 
 
+_NOT_GIVEN = object()
+
+
+def _given_flags(tokens: Sequence[str]) -> frozenset[str]:
+    """Name the flags that a command line gives, abbreviated ones included."""
+    blank = argparse.Namespace(**{action.dest: _NOT_GIVEN for action in _parser()._actions})
+    namespace, _ = _parser().parse_known_args(list(tokens), namespace=blank)
+    return frozenset(name for name, value in vars(namespace).items() if value is not _NOT_GIVEN)
+
+
+def _parse_with_preset(tokens: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line, with a stage's values where it says nothing else.
+
+    Returns:
+        the flags, and with them `given`, the names of those on the command line, and `preset_use`, or None.
+    """
+    namespace = _parse_namespace(tokens)
+    namespace.given, namespace.preset_use = _given_flags(tokens), None
+    if namespace.stage is None:
+        return namespace
+    use = use_preset(namespace.stage, namespace.given)
+    preset = [word for name, value in use.values.items() for word in (f"--{name}", str(value))]
+    completed = _parse_namespace([*preset, *tokens])
+    completed.given, completed.preset_use = namespace.given, use
+    return completed
+
+
+def _is_from_preset(flags: argparse.Namespace, name: str) -> bool:
+    return flags.preset_use is not None and name in flags.preset_use.values
+
+
 def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
     """Read a command line of LLaVA's training script.
 
@@ -385,7 +443,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
         projectors.ProjectorError: the projector or one of its options is unknown.
     """
     tokens, notes = translate_removed_flags(sys.argv[1:] if argv is None else argv)
-    namespace = _parse_namespace(tokens)
+    namespace = _parse_with_preset(tokens)
     if notes:
         logger.warning("flags of an earlier transformers were translated: %s", "; ".join(notes))
     _refuse_unsupported(namespace)
@@ -400,11 +458,6 @@ def _refuse_unsupported(flags: argparse.Namespace) -> None:
     _refuse_unknown_cutting(flags)
     if flags.remove_unused_columns:
         raise UserError("--remove_unused_columns True would drop the images; leave it at False")
-    if flags.eval_strategy != "no":
-        raise UserError(
-            f"--eval_strategy {flags.eval_strategy}: there is no evaluation data during training; "
-            "use no, and evaluate checkpoints with `llava-saep eval`"
-        )
     if flags.cache_vision_features and flags.unfreeze_mm_vision_tower:
         raise UserError(
             "--cache_vision_features keeps what a frozen tower sees, and --unfreeze_mm_vision_tower True changes the "
@@ -414,6 +467,7 @@ def _refuse_unsupported(flags: argparse.Namespace) -> None:
         raise UserError(
             "--jpeg_draft True: --image_aspect_ratio anyres cuts images at full size; drop it, or use square or pad"
         )
+    _refuse_unclear_evaluation(flags)
     if flags.label_smoothing_factor != 0:
         raise UserError("--label_smoothing_factor: not supported, the loss is computed inside the model; use 0")
     if flags.fsdp:
@@ -435,6 +489,27 @@ def _refuse_unknown_cutting(flags: argparse.Namespace) -> None:
         raise UserError(
             f"--mm_patch_merge_type {merge_type} puts an image's crops together, and --image_aspect_ratio "
             f"{flags.image_aspect_ratio} makes a single one; use --image_aspect_ratio anyres with it"
+        )
+
+
+def _refuse_unclear_evaluation(flags: argparse.Namespace) -> None:
+    """Stop where it is not clear whether, when and on what held-out records the loss shall be measured."""
+    strategy, has_data = str(getattr(flags.eval_strategy, "value", flags.eval_strategy)), bool(flags.eval_data_path)
+    if strategy != "no" and not has_data:
+        raise UserError(
+            f"--eval_strategy {strategy}: --eval_data_path is missing: expected a JSON file of held-out records; or "
+            "leave it at no, and evaluate checkpoints with `llava-saep eval`"
+        )
+    if has_data and strategy == "no" and "eval_strategy" in flags.given:
+        raise UserError("--eval_data_path contradicts --eval_strategy no; say steps or epoch, or drop one of them")
+    if strategy == "steps" and flags.eval_steps is None:
+        raise UserError("--eval_strategy steps: --eval_steps is missing: expected every how many steps")
+    if flags.eval_image_folder is not None and not has_data:
+        raise UserError("--eval_image_folder is given without --eval_data_path; add the file, or drop the folder")
+    if flags.load_best_model_at_end:
+        raise UserError(
+            "--load_best_model_at_end True is not supported: checkpoints leave out what is frozen; the summary names "
+            "the step of the lowest held-out loss, and `llava-saep convert` and chat take its checkpoint-N folder"
         )
 
 
@@ -571,9 +646,11 @@ def _quantization(flags: argparse.Namespace) -> QuantizationConfig | None:
 def _model_config(flags: argparse.Namespace) -> ModelConfig:
     return ModelConfig(
         language_model=_require(flags, "model_name_or_path", "a language model (folder or hub name)"),
-        vision_tower=flags.vision_tower,
+        vision_tower=None if _is_from_preset(flags, "vision_tower") else flags.vision_tower,
+        default_vision_tower=flags.vision_tower if _is_from_preset(flags, "vision_tower") else None,
         projector=_select_projector(flags),
-        keeps_saved_projector=flags.mm_projector_type is None and flags.mm_projector_options is None,
+        keeps_saved_projector=flags.mm_projector_options is None
+        and (flags.mm_projector_type is None or _is_from_preset(flags, "mm_projector_type")),
         named_layers=tuple(flags.mm_vision_select_layer or ()),
         projector_weights=flags.pretrain_mm_mlp_adapter,
         mm_patch_merge_type=flags.mm_patch_merge_type,
@@ -615,6 +692,11 @@ def _data_config(flags: argparse.Namespace) -> DataConfig:
         max_length=flags.model_max_length,
         on_bad_sample=flags.on_bad_sample,
         packing=flags.packing,
+        on_bad_image=flags.on_bad_image,
+        on_too_long=flags.on_too_long,
+        precheck_images=flags.precheck_images,
+        eval_data_path=flags.eval_data_path,
+        eval_image_folder=flags.eval_image_folder or flags.image_folder,
     )
 
 
@@ -665,6 +747,8 @@ def _trainer_arguments(flags: argparse.Namespace) -> Mapping[str, Any]:
         values["activation_checkpointing"] = flags.gradient_checkpointing
     if flags.packing and _grouping(flags) is not None:
         values.pop("train_sampling_strategy", None)
+    if flags.eval_data_path and flags.eval_strategy == "no":
+        values["eval_strategy"] = "epoch" if flags.eval_steps is None else "steps"
     return values
 
 
@@ -687,5 +771,7 @@ def _training_config(flags: argparse.Namespace) -> TrainingConfig:
         group_by_modality_length=flags.group_by_modality_length and not flags.packing,
         save_total_limit=flags.save_total_limit,
         resume=flags.resume,
+        preset=flags.preset_use,
+        on_nan_loss=flags.on_nan_loss,
         trainer_arguments=_trainer_arguments(flags),
     )

@@ -16,6 +16,9 @@ from llava_saep.constants import IGNORE_INDEX
 
 Sample = dict[str, Any]
 """input_ids (T,), labels (T,) and, unless it is text only, pixel_values: see `ConversationDataset`."""
+SAMPLE_INDEX = "sample_index"
+SAMPLE_INDICES = "sample_indices"
+"""Keys under which a sample and a batch tell where in the data set they come from."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class ConversationCollator:
             position_ids, each (1, total T), and where the conversations begin and end in the names of flash attention:
             cu_seq_lens_q and _k, (conversations + 1,) of int32, and max_length_q and _k. And pixel_values (all images,
             3, H, W) in the order of the placeholders; where images are cut, the list of all stacks, and image_sizes
-            (all images, 2).
+            (all images, 2). Of samples of a data set also sample_indices (conversations,), which is not for the model.
         Raises:
             ValueError: a row is longer than max_length.
         """
@@ -65,7 +68,8 @@ class ConversationCollator:
             text = self._pad_packed_rows(rows)
         else:
             text = self._pad_conversations(conversations)
-        return {**text, **self._join_images([sample for sample in conversations if "pixel_values" in sample])}
+        images = self._join_images([sample for sample in conversations if "pixel_values" in sample])
+        return {**text, **images, **_join_indices(conversations)}
 
     def _check_lengths(self, rows: list[list[Sample]]) -> None:
         longest = max(sum(len(conversation["input_ids"]) for conversation in row) for row in rows)
@@ -142,6 +146,12 @@ def _join_labels(samples: list[Sample]) -> Tensor:
 
 def _join_positions(samples: list[Sample]) -> Tensor:
     return torch.cat([torch.arange(len(sample["input_ids"])) for sample in samples])
+
+
+def _join_indices(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    if not all(SAMPLE_INDEX in sample for sample in samples):
+        return {}
+    return {SAMPLE_INDICES: torch.stack([sample[SAMPLE_INDEX] for sample in samples])}
 
 
 def _pad(rows: list[Tensor], value: int) -> Tensor:

@@ -8,7 +8,7 @@ images are cut into crops, its size, which the head of the file tells.
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
@@ -31,14 +31,15 @@ from llava_saep.data.images import (
     read_image_size,
     smallest_decoded_size,
 )
+from llava_saep.data.ledger import NUM_EXAMPLES, DataAccount, SampleLedger
 from llava_saep.data.progress import show_progress
 from llava_saep.data.records import (
-    CAUSES,
     IMAGE_CUT,
     MISSING_IMAGE,
     NO_SUPERVISED_TOKEN,
     NOT_A_CAPTION,
     REFUSED_BY_TEMPLATE,
+    TOO_LONG,
     UNKNOWN_TOKEN,
     UNREADABLE_IMAGE,
     BadSampleError,
@@ -56,6 +57,10 @@ __all__ = ["BadSampleError", "ConversationDataset", "DataReport", "check_data", 
 logger = logging.getLogger(__name__)
 
 OnBadSample = Literal["error", "skip"]
+OnTooLong = Literal["truncate", "skip", "error"]
+
+MAX_BAD_IN_A_ROW = 100
+"""So many samples that cannot be read, one after the other, are no damaged files but a folder that is gone."""
 
 FILES_WORTH_LISTING = 100
 """From this many images in one folder on, listing the folder is cheaper than asking for each file."""
@@ -75,8 +80,8 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
     """LLaVA-format conversations as samples for training.
 
     With on_bad_sample "skip", samples that are known to be unusable when the data set is made are left out (they do
-    not count in len), and one whose image turns out to be damaged is replaced by the next usable one, so that the
-    same index always gives the same sample. `skipped` counts both.
+    not count in len). With on_bad_image "skip", one whose image turns out to be damaged is replaced by the next usable
+    one, so that the same index gives the same sample, and is not opened again. `skipped` counts both.
     """
 
     def __init__(
@@ -97,6 +102,8 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         apply_exif_orientation: bool = False,
         jpeg_draft: bool = False,
         on_bad_sample: OnBadSample = "error",
+        on_bad_image: OnBadSample | None = None,
+        on_too_long: OnTooLong = "truncate",
         use_im_start_end: bool = False,
         vocab_size: int | None = None,
     ) -> None:
@@ -106,7 +113,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
             image_folder: what the records' image paths are relative to; None means the working directory.
             num_image_tokens: tokens that the projector makes of a grid of patches.
             patch_size: side of the tower's patches in pixels.
-            max_length: longest sample in tokens, images included; the rest is cut off on the right.
+            max_length: longest sample in tokens, images included.
             image_grid_pinpoints: with aspect ratio "anyres", what an image may be brought to before it is cut.
             num_anyres_tokens: with "anyres", tokens of an image by its size and that of one crop.
             apply_exif_orientation: turn images as their EXIF tags say. LLaVA does not.
@@ -114,12 +121,17 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
             use_im_start_end: images stand between "<im_start>" and "<im_end>".
             vocab_size: rows of the language model's embedding; a sample with another token cannot be used. None: any.
             on_bad_sample: "error" raises at the first sample that cannot be used, "skip" goes on without it.
+            on_bad_image: the same for an image that shows its damage when it is read; None: as on_bad_sample.
+            on_too_long: "truncate" cuts what is beyond max_length off on the right; the others find such samples when
+                the data set is made, for which those that could be too long are tokenised.
         Raises:
             UserError: the file cannot be read, an option is unknown, no sample can be used, or (with "error") a
                 sample cannot be used.
         """
-        if on_bad_sample not in get_args(OnBadSample):
-            raise UserError(f"unknown on_bad_sample {on_bad_sample!r}; known: {', '.join(get_args(OnBadSample))}")
+        on_bad_image = on_bad_sample if on_bad_image is None else on_bad_image
+        _check_choice("on_bad_sample", on_bad_sample, get_args(OnBadSample))
+        _check_choice("on_bad_image", on_bad_image, get_args(OnBadSample))
+        _check_choice("on_too_long", on_too_long, get_args(OnTooLong))
         if max_length < 1:
             raise UserError(f"max_length is {max_length}; it must be at least 1 token")
         check_aspect_ratio(image_aspect_ratio)
@@ -137,14 +149,18 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         self.max_length = max_length
         self.on_bad_sample = on_bad_sample
         self.vocab_size = vocab_size
+        self.on_bad_image = on_bad_image
+        self.on_too_long = on_too_long
         self.image_size = processed_image_size(image_processor)
         height, width = self.image_size
         self.num_tokens_per_image = num_image_tokens(PatchGrid(height // patch_size, width // patch_size))
         self._num_anyres_tokens = num_anyres_tokens if image_aspect_ratio == "anyres" else None
         self.max_tokens_per_image = self._max_tokens_per_image()
-        # Shared memory, so that what worker processes skip is counted too.
-        self._skip_counts = torch.zeros(len(CAUSES), dtype=torch.long).share_memory_()
+        self._left_out: Counter[str] = Counter()
+        self._examples: dict[str, list[str]] = {}
         self._records = self._read_usable_records(use_im_start_end)
+        self.ledger = SampleLedger(len(self._records))
+        self._num_bad_in_a_row = 0
         _warn_about_foreign_end(template, tokenizer)
 
     def use_feature_store(self, store: FeatureStore) -> None:
@@ -157,6 +173,8 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Return input_ids (T,), labels (T,) and, unless the sample is text only, pixel_values (images, 3, H, W).
 
+        sample_index () tells which sample it is, also where another takes the place of one that cannot be used.
+
         With "anyres", pixel_values is a list with one (crops, 3, H, W) tensor per image, and image_sizes (images, 2)
         tells their heights and widths. With a feature store it is so for any aspect ratio, the tensor being empty where
         vision_features, a list with one tuple per image, has one tensor per layer; image_lookups, a list of (key,
@@ -164,8 +182,8 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
 
         Raises:
             IndexError: `index` is outside the data set.
-            BadSampleError: the sample cannot be used and on_bad_sample is "error".
-            UserError: with "skip", no sample can be used.
+            BadSampleError: the sample cannot be used and on_bad_image is "error".
+            UserError: with "skip", no sample can be used, or MAX_BAD_IN_A_ROW in a row cannot.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} of a data set with {len(self)} samples")
@@ -176,37 +194,49 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         raise self.nothing_usable()
 
     def load_or_skip(self, index: int) -> dict[str, Tensor] | None:
-        """Return the sample at `index`; None where it cannot be used and on_bad_sample is "skip", which counts it.
+        """Return the sample at `index`; None where it cannot be used and shall be skipped, which counts it.
 
         Raises:
-            BadSampleError: it cannot be used and on_bad_sample is "error".
+            BadSampleError: it cannot be used and on_bad_image, or what else it is a matter of, is "error".
+            UserError: it is the last of MAX_BAD_IN_A_ROW.
         """
-        try:
-            return self.load_sample(index)
-        except BadSampleError as error:
-            if self.on_bad_sample == "error":
-                raise
-            self._count_skip(error)
+        if self.ledger.is_bad(index):
             return None
+        try:
+            sample = self.load_sample(index)
+        except BadSampleError as error:
+            policy = self.on_bad_image if error.cause == UNREADABLE_IMAGE else self.on_bad_sample
+            if policy == "error":
+                raise
+            self._note_bad(index, error)
+            return None
+        self._num_bad_in_a_row = 0
+        return sample
 
     def nothing_usable(self) -> UserError:
         """Say that no sample can be used, and why, by cause."""
         return UserError(f"{self.data_path}: no sample can be used; {_describe_counts(self.skipped)}")
 
     def load_sample(self, index: int) -> dict[str, Tensor]:
-        """Return the sample at `index` itself, whatever on_bad_sample says.
+        """Return the sample at `index` itself, whatever on_bad_image says.
 
         Raises:
             BadSampleError: it cannot be used.
         """
         record = self._records[index]
         if self._num_anyres_tokens is None:
-            encoded, num_images = self._encode(record)
+            encoded, num_images, is_cut = self._encode(record)
             images = [self._prepare_image(record, name) for name in record.images[:num_images]]
         else:  # the images first, whose sizes say how many tokens they have, so that each file is opened once
             images = [self._prepare_image(record, name) for name in record.images]
-            encoded, num_images = self._encode(record, [image.original_size for image in images])
-        sample = {"input_ids": torch.tensor(encoded.input_ids), "labels": torch.tensor(encoded.labels)}
+            encoded, num_images, is_cut = self._encode(record, [image.original_size for image in images])
+        if is_cut:
+            self.ledger.note_cut(index)
+        sample = {
+            "input_ids": torch.tensor(encoded.input_ids),
+            "labels": torch.tensor(encoded.labels),
+            "sample_index": torch.tensor(index),
+        }
         return sample | (self._image_inputs(images[:num_images]) if num_images else {})
 
     def _image_inputs(self, images: Sequence[_PreparedImage]) -> dict[str, Any]:
@@ -232,9 +262,66 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
 
     @property
     def skipped(self) -> dict[str, int]:
-        """How often a sample was left out or replaced so far, in all worker processes, by cause."""
-        counts = zip(CAUSES, self._skip_counts.tolist(), strict=True)
-        return {cause: count for cause, count in counts if count}
+        """How many samples were left out or replaced so far, in all worker processes, by cause."""
+        replaced = {cause: len(indices) for cause, indices in self.ledger.bad_indices().items()}
+        return dict(self._left_out + Counter(replaced))
+
+    def describe_sample(self, index: int) -> str:
+        """Name a sample by file, index, id and images."""
+        record = self._records[index]
+        images = f", images {', '.join(record.images)}" if record.images else ""
+        return f"{record.source}{images}"
+
+    def account(self) -> DataAccount:
+        """Tell how the data set was used so far; samples that were replaced are read again, to say what is wrong."""
+        bad, cut = self.ledger.bad_indices(), self.ledger.cut_indices()
+        examples: dict[str, list[str]] = {cause: list(messages) for cause, messages in self._examples.items()}
+        for cause, indices in bad.items():
+            messages = [self._why_bad(index) for index in indices[:NUM_EXAMPLES]]
+            examples[cause] = [*examples.get(cause, ()), *messages][:NUM_EXAMPLES]
+        if cut:
+            examples["cut"] = [self.describe_sample(index) for index in cut[:NUM_EXAMPLES]]
+        return DataAccount(
+            path=self.data_path,
+            num_records=len(self) + self._left_out.total(),
+            num_used=len(self) - sum(map(len, bad.values())),
+            left_out=dict(self._left_out),
+            replaced={cause: len(indices) for cause, indices in bad.items()},
+            num_cut=len(cut),
+            examples=examples,
+        )
+
+    def _why_bad(self, index: int) -> str:
+        try:
+            self.load_sample(index)
+        except BadSampleError as error:
+            return str(error)
+        return f"{self.describe_sample(index)}: could not be read then, and can be now"
+
+    def find_damaged_image(self, index: int) -> BadSampleError | None:
+        """Decode the images of a sample and return what is wrong with one of them."""
+        record = self._records[index]
+        try:
+            for name in record.images:
+                self._prepare_image(record, name)
+        except BadSampleError as error:
+            return error
+        return None
+
+    def leave_out(self, errors: Mapping[int, BadSampleError]) -> None:
+        """Do with samples that were found to be unusable before training what on_bad_sample says.
+
+        Args:
+            errors: what is wrong, by index.
+        Raises:
+            BadSampleError: there is one, and on_bad_sample is "error".
+            UserError: none is left.
+        """
+        self._report_bad_records([errors[index] for index in sorted(errors)])
+        self._records = [record for index, record in enumerate(self._records) if index not in errors]
+        self._refuse_empty(self._records)
+        self.ledger = SampleLedger(len(self._records))
+        self.__dict__.pop("lengths", None)
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -278,27 +365,26 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
             else:
                 errors.append(error)
         self._report_bad_records(errors)
-        if not usable:
-            raise self.nothing_usable()
+        self._refuse_empty(usable)
         return usable
+
+    def _refuse_empty(self, usable: Sequence[Record]) -> None:
+        if not usable:
+            raise UserError(f"{self.data_path}: no sample can be used; {_describe_counts(self._left_out)}")
 
     def _report_bad_records(self, errors: list[BadSampleError]) -> None:
         """Raise the first problem, or count all and sum them in one warning."""
         if not errors:
             return
-        errors.sort(key=lambda error: error.source.index)
+        errors = sorted(errors, key=lambda error: error.source.index)
+        self._raise_fatal([error for error in errors if self._policy(error.cause) == "error"])
         counts = Counter(error.cause for error in errors)
-        if self.on_bad_sample == "error":
-            rest = (
-                "" if len(errors) == 1 else f" In all {len(errors)} samples cannot be used: {_describe_counts(counts)}."
-            )
-            advice = "Correct the data, or leave such samples out with --on_bad_sample skip."
-            first = errors[0]
-            problem = str(first).removeprefix(f"{first.source}: ")
-            raise bad_sample(first.source, first.cause, f"{problem}.{rest} {advice}")
+        self._left_out += counts
         for error in errors:
             logger.debug("left out: %s", error)
-            self._skip_counts[CAUSES.index(error.cause)] += 1
+            named = self._examples.setdefault(error.cause, [])
+            if len(named) < NUM_EXAMPLES:
+                named.append(str(error))
         logger.warning(
             "%s: %d samples left out (%s); the first: %s",
             self.data_path,
@@ -306,6 +392,22 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
             _describe_counts(counts),
             errors[0],
         )
+
+    def _policy(self, cause: str) -> str:
+        return self.on_too_long if cause == TOO_LONG else self.on_bad_sample
+
+    def _raise_fatal(self, errors: Sequence[BadSampleError]) -> None:
+        """Raise the first of the errors that shall end the run, with the count of all."""
+        if not errors:
+            return
+        first, rest = errors[0], ""
+        if len(errors) > 1:
+            counts = Counter(error.cause for error in errors)
+            rest = f" In all {len(errors)} samples cannot be used: {_describe_counts(counts)}."
+        flag = "--on_too_long skip" if first.cause == TOO_LONG else "--on_bad_sample skip"
+        problem = str(first).removeprefix(f"{first.source}: ")
+        advice = f"Correct the data, or leave such samples out with {flag}."
+        raise bad_sample(first.source, first.cause, f"{problem}.{rest} {advice}")
 
     def _find_problem(self, record: Record, missing_images: set[str]) -> BadSampleError | None:
         """Return what is wrong with a record as far as that can be known without its images."""
@@ -322,11 +424,28 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
                 f"{len(record.turns)} turns and {num_markers} images in the first",
             )
         try:
-            if self._may_lose_what_matters(record):
+            if self.on_too_long != "truncate":
+                self._refuse_too_long(record)
+            elif self._may_lose_what_matters(record):
                 self._encode(record)
         except BadSampleError as error:
             return error
         return None
+
+    def _refuse_too_long(self, record: Record) -> None:
+        """Raise a BadSampleError for a record that max_length would cut; only one that could be is tokenised."""
+        text = segments_text(self._render(record))
+        bound = 2 + len(text.encode()) + len(record.images) * (self.max_tokens_per_image + 2)
+        if bound <= self.max_length:
+            return
+        num_tokens = len(self._encode_whole(record).input_ids)
+        if num_tokens > self.max_length:
+            raise bad_sample(
+                record.source,
+                TOO_LONG,
+                f"has {num_tokens} tokens, more than {self.max_length}; raise --model_max_length, or have it cut "
+                "(--on_too_long truncate)",
+            )
 
     def _may_lose_what_matters(self, record: Record) -> bool:
         """Whether cutting to max_length could reach an image or the first answer, by an upper bound on token counts.
@@ -344,8 +463,8 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
                 break
         return bound > self.max_length
 
-    def _encode(self, record: Record, image_sizes: Sequence[ImageSize] | None = None) -> tuple[Encoded, int]:
-        """Tokenise and cut to max_length -> (encoded, how many of the record's images are left).
+    def _encode(self, record: Record, image_sizes: Sequence[ImageSize] | None = None) -> tuple[Encoded, int, bool]:
+        """Tokenise and cut to max_length -> (encoded, how many of the record's images are left, whether it was cut).
 
         Args:
             image_sizes: of the record's images; None: read from their files, where the tokens depend on them.
@@ -370,7 +489,8 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
                 NO_SUPERVISED_TOKEN,
                 f"has no token to learn among its first {self.max_length} of {num_tokens}; raise --model_max_length",
             )
-        return encoded, sum(end <= self.max_length for _, end in encoded.image_spans)
+        num_images = sum(end <= self.max_length for _, end in encoded.image_spans)
+        return encoded, num_images, num_tokens > self.max_length
 
     def _check_vocabulary(self, record: Record, encoded: Encoded) -> None:
         """Raise a BadSampleError where the text holds a token that the tokenizer has beyond the embedding's rows."""
@@ -487,11 +607,16 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         except OSError:
             return set()
 
-    def _count_skip(self, error: BadSampleError) -> None:
-        cause = CAUSES.index(error.cause)
-        log = logger.debug if self._skip_counts[cause] else logger.warning
+    def _note_bad(self, index: int, error: BadSampleError) -> None:
+        is_first = self.ledger.note_bad(index, error.cause)
+        log = logger.warning if is_first else logger.debug
         log("skipped, the next usable sample takes its place (later ones are counted): %s", error)
-        self._skip_counts[cause] += 1
+        self._num_bad_in_a_row += 1
+        if self._num_bad_in_a_row == MAX_BAD_IN_A_ROW:
+            raise UserError(
+                f"{MAX_BAD_IN_A_ROW} samples in a row cannot be read; is the image folder still there? The last: "
+                f"{error}"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -519,7 +644,7 @@ def check_data(dataset: ConversationDataset) -> DataReport:
 
     Make the data set with on_bad_sample "skip"; what it left out when it was made is counted as well.
     """
-    counts = Counter(dataset.skipped)
+    counts = Counter(dataset.account().left_out)
     examples = dict.fromkeys(counts, "left out when the data set was made")
     num_usable = 0
     for index in show_progress(range(len(dataset)), "Checking samples", "samples"):
@@ -545,6 +670,11 @@ def _warn_about_foreign_end(template: AnyTemplate, tokenizer: Tokenizer) -> None
                 end,
                 tokenizer.eos_token,
             )
+
+
+def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UserError(f"unknown {name} {value!r}; known: {', '.join(known)}")
 
 
 def _describe_counts(counts: dict[str, int]) -> str:

@@ -28,6 +28,7 @@ NOT_A_CAPTION = "not a caption"
 REFUSED_BY_TEMPLATE = "refused by the template"
 MISSING_IMAGE = "missing image"
 UNREADABLE_IMAGE = "unreadable image"
+TOO_LONG = "longer than max_length"
 IMAGE_CUT = "image cut by max_length"
 NO_SUPERVISED_TOKEN = "no supervised token"
 UNKNOWN_TOKEN = "token without an embedding"
@@ -41,6 +42,7 @@ CAUSES = (
     REFUSED_BY_TEMPLATE,
     MISSING_IMAGE,
     UNREADABLE_IMAGE,
+    TOO_LONG,
     IMAGE_CUT,
     NO_SUPERVISED_TOKEN,
     UNKNOWN_TOKEN,
@@ -116,7 +118,7 @@ def read_records(
         on_bad_record: called with what is wrong with a record, which is then left out; without it that is raised.
     Raises:
         UserError: the file is missing, not JSON (with line and column), not a list, or empty.
-        BadSampleError: the first record that cannot be used.
+        BadSampleError: the first record that cannot be used, in a .jsonl file also a line that is not JSON.
     """
     path = os.fspath(path)
     raw_records = _read_json_lines(path) if path.endswith(".jsonl") else _read_json_list(path)
@@ -126,6 +128,8 @@ def read_records(
     records = []
     for index, raw in enumerate(raw_records):
         try:
+            if isinstance(raw, BadSampleError):
+                raise raw
             records.append(parse_record(raw, path, index, **options))
         except BadSampleError as error:
             if on_bad_record is None:
@@ -198,28 +202,45 @@ def _read_text(path: str) -> str:
 
 
 def _read_json_list(path: str) -> list[object]:
+    text = _read_text(path)
     try:
-        content = json.loads(_read_text(path))
+        content = json.loads(text)
     except json.JSONDecodeError as error:
-        hint = " (one object per line? then name the file .jsonl)" if error.msg == "Extra data" else ""
         raise UserError(
-            f"{path}: is not JSON: {error.msg} at line {error.lineno} column {error.colno}{hint}"
+            f"{path}: is not JSON: {error.msg} at line {error.lineno} column {error.colno}{_hint(error)}"
         ) from error
     if not isinstance(content, list):
         raise UserError(f"{path}: holds a JSON {type(content).__name__}, expected a list of LLaVA records")
     return content
 
 
+def _hint(error: json.JSONDecodeError) -> str:
+    if error.msg == "Extra data":
+        return " (one object per line? then name the file .jsonl)"
+    return _CUT_OFF if _ends_too_soon(error) else ""
+
+
+_CUT_OFF = "; it ends in the middle of a record, so it was cut off when it was written or copied: get it again"
+
+
+def _ends_too_soon(error: json.JSONDecodeError) -> bool:
+    """Whether the text stops where more must follow."""
+    text = error.doc.rstrip()
+    return bool(text) and (error.msg.startswith("Unterminated string") or error.pos >= len(text))
+
+
 def _read_json_lines(path: str) -> list[object]:
-    records = []
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: is not JSON: {error.msg} at line {number} column {error.colno}") from error
-    return records
+    """Return the objects, and for a line that is none the error that says so."""
+    lines = [(number, line) for number, line in enumerate(_read_text(path).split("\n"), start=1) if line.strip()]
+    return [_parse_line(line, number, SampleSource(path, index)) for index, (number, line) in enumerate(lines)]
+
+
+def _parse_line(line: str, number: int, source: SampleSource) -> object:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        hint = _CUT_OFF if _ends_too_soon(error) else ""
+        return bad_sample(source, MALFORMED, f"line {number} is not JSON: {error.msg} at column {error.colno}{hint}")
 
 
 def _parse_images(value: object, source: SampleSource) -> tuple[str, ...]:

@@ -231,6 +231,7 @@ class LlavaSaepForConditionalGeneration(LlavaStyleGeneration, LlavaSaepPreTraine
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         num_items_in_batch: Tensor | int | None = None,
         vision_features: VisionFeatures | None = None,
+        logits_at_labels: bool = False,
         **kwargs,
     ) -> LlavaCausalLMOutputWithPast:
         """Return logits, or the loss when `labels` are given.
@@ -242,6 +243,8 @@ class LlavaSaepForConditionalGeneration(LlavaStyleGeneration, LlavaSaepPreTraine
             labels: (batch, length), IGNORE_INDEX where there is nothing to learn; position i is predicted from i - 1.
             num_items_in_batch: supervised tokens of the whole optimizer step; the loss is the sum divided by it, so
                 that the result does not depend on how samples fall to ranks and micro-batches. None: this batch's mean.
+            logits_at_labels: return no loss, and as `logits` those that predict a label, (labels, vocabulary) in
+                row-major order.
             logits_to_keep: keep the last so many positions' logits (0: all), as in transformers.
         """
         outputs = self.model(
@@ -257,7 +260,10 @@ class LlavaSaepForConditionalGeneration(LlavaStyleGeneration, LlavaSaepPreTraine
             **kwargs,
         )
         loss = logits = None
-        if labels is not None and self.training:
+        if logits_at_labels:
+            at_labels = outputs.last_hidden_state[:, :-1][labels[:, 1:] != IGNORE_INDEX]
+            logits = self.lm_head(at_labels, softcap=self._softcap)
+        elif labels is not None and self.training:
             loss = self._supervised_loss(outputs.last_hidden_state, labels, num_items_in_batch)
         else:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from llava_saep.data.dataset import OnBadSample, OnTooLong
 from llava_saep.data.images import AspectRatio, GridPinpoints
 from llava_saep.model.anyres import PatchMergeType
 from llava_saep.model.quantization import QuantizationConfig
+from llava_saep.train.stage_presets import PresetUse
 from projectors import ProjectorSelection
 
 TRAINABLE_PARTS = ("vision_tower", "projector", "token_embedding", "language_model", "lora")
@@ -28,6 +30,7 @@ class ModelConfig:
     Args:
         language_model: `--model_name_or_path`; a language model, or a model that this project saved.
         vision_tower: `--vision_tower`; None only where `language_model` is a saved model that names its own.
+        default_vision_tower: a stage preset's, for a language model that no tower is named for.
         projector: the projector to train with.
         keeps_saved_projector: no flag names a projector, so that a saved model's own takes precedence.
         named_layers: `--mm_vision_select_layer`, also where the projector combines several and does not apply it.
@@ -44,6 +47,7 @@ class ModelConfig:
     language_model: str
     vision_tower: str | None
     projector: ProjectorSelection
+    default_vision_tower: str | None = None
     keeps_saved_projector: bool = False
     named_layers: tuple[int, ...] = ()
     projector_weights: str | None = None
@@ -55,6 +59,11 @@ class ModelConfig:
     quantization: QuantizationConfig | None = None
     hub_cache: str | None = None
 
+    @property
+    def tower_for_language_model(self) -> str | None:
+        """The tower that goes with a bare language model; a saved model brings its own."""
+        return self.vision_tower or self.default_vision_tower
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -65,8 +74,14 @@ class DataConfig:
         apply_exif_orientation: turn images as their EXIF tags say; LLaVA does not.
         jpeg_draft: decode JPEGs at a reduced scale where the resize allows it; pixels then differ slightly.
         cache_vision_features: folder for what the frozen tower sees in each image; None: it looks every time.
-        max_length: tokens of one sample, image tokens included; what is longer is cut.
+        max_length: tokens of one sample, image tokens included.
         packing: several whole conversations share a row of at most `max_length` tokens.
+        on_bad_sample: what a record does that is found to be unusable before training.
+        on_bad_image: what an image does that is found damaged while training.
+        on_too_long: what becomes of a sample of more than `max_length` tokens.
+        precheck_images: decode every image before training.
+        eval_data_path: held-out records; None: no held-out loss.
+        eval_image_folder: what their images are relative to.
     """
 
     data_path: str
@@ -77,8 +92,13 @@ class DataConfig:
     cache_vision_features: str | None = None
     conversation_template: str = "v1"
     max_length: int = 512
-    on_bad_sample: Literal["error", "skip"] = "error"
     packing: bool = False
+    on_bad_sample: OnBadSample = "error"
+    on_bad_image: OnBadSample = "skip"
+    on_too_long: OnTooLong = "truncate"
+    precheck_images: bool = False
+    eval_data_path: str | None = None
+    eval_image_folder: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +121,8 @@ class TrainingConfig:
         projector_learning_rate: `--mm_projector_lr`; None: as the rest.
         save_total_limit: checkpoints kept; None: all.
         resume: "auto" (newest complete checkpoint in output_dir, if any), "never", or the path of one.
+        preset: what `--stage` set among these values.
+        on_nan_loss: whether a loss that is no finite number ends the run, or costs its optimizer step.
         trainer_arguments: keyword arguments of transformers.TrainingArguments, as given on the command line.
     """
 
@@ -111,6 +133,8 @@ class TrainingConfig:
     group_by_modality_length: bool = False
     save_total_limit: int | None = None
     resume: str = "auto"
+    preset: PresetUse | None = None
+    on_nan_loss: Literal["stop", "skip"] = "stop"
     trainer_arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -117,13 +117,28 @@ def is_true_anywhere(claim: bool, device: torch.device | str = "cpu") -> bool:
     return bool(flag.item())
 
 
-def gather_on_rank_zero(value: T) -> list[T]:
-    """Return every rank's value, in the order of ranks, on rank 0; an empty list elsewhere."""
+def gather_objects(value: T) -> list[T]:
+    """Return every rank's value, in the order of ranks, on every rank."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [value]
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def gather_on_rank_zero(value: T) -> list[T]:
+    """Return every rank's value, in the order of ranks, on rank 0; an empty list elsewhere."""
+    values = gather_objects(value)
     return values if is_rank_zero() else []
+
+
+def take_largest(values: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Return the largest of all ranks' values at each place, on every rank."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return values
+    largest = values.to(device, copy=True)
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    return largest.to(values.device)
 
 
 # Start
@@ -132,6 +147,11 @@ def gather_on_rank_zero(value: T) -> list[T]:
 def has_accelerator() -> bool:
     """Whether transformers would place a model on something else than the CPU."""
     return torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available()
+
+
+def accelerator_has_bf16() -> bool:
+    """Whether the accelerator computes in bfloat16, which those that are not CUDA devices are taken to do."""
+    return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def fit_to_device(

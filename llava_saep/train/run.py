@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import json
 import logging
@@ -18,8 +19,10 @@ from transformers import TrainingArguments
 
 from llava_saep.data.collator import ConversationCollator
 from llava_saep.data.dataset import ConversationDataset
+from llava_saep.data.image_check import find_damaged_images
 from llava_saep.data.images import ImageProcessor, default_grid_pinpoints, parse_grid_pinpoints, processed_image_size
 from llava_saep.data.packing import PackedDataset, plan_rows
+from llava_saep.data.records import BadSampleError
 from llava_saep.data.sampler import padding_share
 from llava_saep.data.templates import conversation_template
 from llava_saep.errors import UserError
@@ -46,6 +49,8 @@ from llava_saep.train.attention import check_attention, choose_attention, librar
 from llava_saep.train.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from llava_saep.train.interruption import RunStopped, StopCallback, StopWatch
 from llava_saep.train.lora import add_lora
+from llava_saep.train.loss_guard import NonFiniteLossError
+from llava_saep.train.stage_presets import describe_use, fit_preset
 from llava_saep.train.trainable import set_trainable, trainable_table
 from llava_saep.train.trainer import LlavaTrainer, order_seed
 from llava_saep.train.vision_cache import open_feature_cache, report_feature_cache
@@ -83,13 +88,25 @@ def train(config: RunConfig) -> None:
         check_attention(config.model.attn_implementation, on_accelerator=arguments.device.type != "cpu")
         checkpoint = choose_checkpoint(config.training)
         dataset = build_dataset(config.data, processor, model_config)
+        held_out = build_held_out_dataset(config.data, processor, model_config)
+        if config.data.precheck_images:
+            check_images(dataset, arguments)
         model = load_weights(config.model, model_config, arguments)
         padding_free = choose_attention(
             model.model.language_model, config.model.attn_implementation, packing=config.data.packing
         )
         model = choose_trainable(model, config.training, arguments)
         rows = pack(dataset, arguments, padding_free=padding_free) if config.data.packing else dataset
-        trainer = make_trainer(model, processor, rows, config, arguments, padding_free=padding_free)
+        trainer = make_trainer(
+            model,
+            processor,
+            rows,
+            config,
+            arguments,
+            conversations=dataset,
+            held_out=held_out,
+            padding_free=padding_free,
+        )
         if config.data.cache_vision_features is not None:
             open_feature_cache(trainer, dataset, config.data)
         run_loop(trainer, checkpoint, watch)
@@ -105,10 +122,7 @@ def check_paths(config: RunConfig) -> None:
     Raises:
         UserError: a file or folder that a flag names is not there.
     """
-    if not Path(config.data.data_path).is_file():
-        raise UserError(f"--data_path {config.data.data_path}: no such file; expected a JSON file of LLaVA records")
-    if config.data.image_folder is not None and not Path(config.data.image_folder).is_dir():
-        raise UserError(f"--image_folder {config.data.image_folder}: no such folder")
+    _check_data_paths(config.data)
     if config.model.projector_weights is not None:
         find_projector_weights(config.model.projector_weights)
     if config.training.trainer_arguments.get("deepspeed") is not None:
@@ -119,6 +133,15 @@ def check_paths(config: RunConfig) -> None:
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir}: is a file; expected a folder, or a new name")
     _check_inputs_outlive_output(config.model, output_dir)
+
+
+def _check_data_paths(data: DataConfig) -> None:
+    for flag, path in (("data_path", data.data_path), ("eval_data_path", data.eval_data_path)):
+        if path is not None and not Path(path).is_file():
+            raise UserError(f"--{flag} {path}: no such file; expected a JSON file of LLaVA records")
+    for flag, folder in (("image_folder", data.image_folder), ("eval_image_folder", data.eval_image_folder)):
+        if folder is not None and not Path(folder).is_dir():
+            raise UserError(f"--{flag} {folder}: no such folder")
 
 
 def _check_inputs_outlive_output(model: ModelConfig, output_dir: Path) -> None:
@@ -204,8 +227,8 @@ def start(config: TrainingConfig) -> TrainingArguments:
     Raises:
         UserError: transformers or DeepSpeed refuses a value, or DeepSpeed's config contradicts a flag.
     """
-    wanted = dict(config.trainer_arguments)
-    on_accelerator = distributed.runs_on_accelerator(wanted)
+    on_accelerator = distributed.runs_on_accelerator(config.trainer_arguments)
+    wanted = apply_preset(config, on_accelerator=on_accelerator)
     fitted, notes = distributed.fit_to_device(
         wanted, on_accelerator=on_accelerator, available_reporters=distributed.available_reporters()
     )
@@ -231,6 +254,21 @@ def start(config: TrainingConfig) -> TrainingArguments:
         )
     check_deepspeed_agrees(arguments)
     return arguments
+
+
+def apply_preset(config: TrainingConfig, *, on_accelerator: bool) -> dict[str, Any]:
+    """Return the Trainer's arguments; those that `--stage` set are fitted to this machine and shown."""
+    if config.preset is None:
+        return dict(config.trainer_arguments)
+    fitted, notes = fit_preset(
+        config.trainer_arguments,
+        config.preset,
+        on_accelerator=on_accelerator,
+        has_bf16=on_accelerator and distributed.accelerator_has_bf16(),
+        world_size=distributed.world_size(),
+    )
+    logger.info(describe_use(config.preset, notes))
+    return fitted
 
 
 def complete_deepspeed_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -325,7 +363,8 @@ def _plan(config: RunConfig) -> tuple[LlavaSaepProcessor, LlavaSaepConfig]:
     base = read_base_config(model.language_model, "--model_name_or_path", fallback_tower=model.vision_tower)
     if isinstance(base, LlavaSaepConfig):
         return _plan_from_saved(config, base)
-    if model.vision_tower is None:
+    tower = model.tower_for_language_model
+    if tower is None:
         raise UserError(
             "--vision_tower is missing: expected a vision tower (folder or hub name), unless --model_name_or_path is "
             "a model that a run saved"
@@ -335,16 +374,16 @@ def _plan(config: RunConfig) -> tuple[LlavaSaepProcessor, LlavaSaepConfig]:
     complete_tokenizer(tokenizer)
     model_config = make_config(
         language_model=model.language_model,
-        vision_tower=model.vision_tower,
+        vision_tower=tower,
         projector=model.projector,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         mm_use_im_start_end=bool(model.use_im_start_end),
         added_token_ids=added,
-        **_crops(config, read_image_processor(model.vision_tower)),
+        **_crops(config, read_image_processor(tower)),
     )
     processor = build_processor(
         language_model=model.language_model,
-        vision_tower=model.vision_tower,
+        vision_tower=tower,
         model_config=model_config,
         tokenizer=tokenizer,
         image_aspect_ratio=config.data.image_aspect_ratio,
@@ -456,7 +495,34 @@ def build_dataset(
         on_bad_sample=config.on_bad_sample,
         use_im_start_end=model_config.mm_use_im_start_end,
         vocab_size=model_config.text_config.vocab_size,
+        on_bad_image=config.on_bad_image,
+        on_too_long=config.on_too_long,
     )
+
+
+def build_held_out_dataset(
+    config: DataConfig, processor: LlavaSaepProcessor, model_config: LlavaSaepConfig
+) -> ConversationDataset | None:
+    """Read and check the held-out records, as those that are trained on; None without `--eval_data_path`."""
+    if config.eval_data_path is None:
+        return None
+    held_out = dataclasses.replace(config, data_path=config.eval_data_path, image_folder=config.eval_image_folder)
+    return build_dataset(held_out, processor, model_config)
+
+
+def check_images(dataset: ConversationDataset, arguments: TrainingArguments) -> None:
+    """Decode every image, each rank its share, and leave out or refuse samples whose image is damaged.
+
+    Raises:
+        UserError: one is, and on_bad_sample is "error".
+    """
+    own = range(distributed.rank(), len(dataset), distributed.world_size())
+    found = find_damaged_images(dataset, own, num_workers=arguments.dataloader_num_workers)
+    everywhere = [(index, str(error), error.source, error.cause) for index, error in found.items()]
+    findings = [finding for share in distributed.gather_objects(everywhere) for finding in share]
+    if findings:
+        dataset.leave_out({index: BadSampleError(*error) for index, *error in findings})
+    logger.info("all images were decoded: %d samples can be used", len(dataset))
 
 
 def weights_dtype(arguments: TrainingArguments) -> torch.dtype:
@@ -481,7 +547,7 @@ def load_weights(model: ModelConfig, model_config: LlavaSaepConfig, arguments: T
     transformers.set_seed(arguments.seed)  # decides how a fresh projector starts
     built = build_model(
         language_model=model.language_model,
-        vision_tower=model.vision_tower,
+        vision_tower=model.tower_for_language_model,
         projector=selection_from_config(model_config.projector),
         image_token_id=model_config.image_token_id,
         projector_weights=model.projector_weights,
@@ -561,9 +627,15 @@ def make_trainer(
     config: RunConfig,
     arguments: TrainingArguments,
     *,
+    conversations: ConversationDataset,
+    held_out: ConversationDataset | None,
     padding_free: bool,
 ) -> LlavaTrainer:
-    """Join model, data and arguments."""
+    """Join model, data and arguments.
+
+    Args:
+        dataset: the rows that are trained on, made of `conversations`.
+    """
     collator = ConversationCollator(
         pad_token_id=processor.tokenizer.pad_token_id,
         image_size=dataset.image_size,
@@ -576,10 +648,12 @@ def make_trainer(
         target.pad_token_id = processor.tokenizer.pad_token_id  # the Trainer would, with a warning
     return LlavaTrainer(
         config=config.training,
+        conversations=conversations,
         model=model,
         args=arguments,
         data_collator=collator,
         train_dataset=dataset,
+        eval_dataset=held_out,
         processing_class=processor,
     )
 
@@ -589,6 +663,7 @@ def run_loop(trainer: LlavaTrainer, checkpoint: Path | None, watch: StopWatch) -
 
     Raises:
         RankError: this rank met a record that cannot be used, or could not write.
+        NonFiniteLossError: a loss was no number.
         UserError: the checkpoint belongs to another run.
         RunStopped: the run was told to stop.
     """
@@ -601,11 +676,14 @@ def run_loop(trainer: LlavaTrainer, checkpoint: Path | None, watch: StopWatch) -
     watch.accept_signals()
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except NonFiniteLossError:
+        raise  # every rank does, so that it is said once
     except (UserError, ProjectorError) as error:
         raise RankError(f"rank {distributed.rank()}: {error}") from error
     if stop.has_stopped:
         raise RunStopped
-    skipped = trainer.train_dataset.skipped
+    trainer.compare_notes()
+    skipped = trainer.conversations.skipped
     if skipped:
         logger.warning("skipped records, by reason: %s", dict(skipped))
     report_feature_cache(trainer)

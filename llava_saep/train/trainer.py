@@ -1,8 +1,8 @@
 """The smallest subclass of transformers' Trainer that trains this project's models.
 
-It changes six things: the order of samples, what is counted, the optimizer's groups, what is written, when a checkpoint
-counts as complete, and how one is loaded. The loop, the loss over the tokens of a whole optimizer step, logging and
-schedules are the library's.
+It changes eight things: the order of samples, what is counted, the optimizer's groups, what becomes of a loss that is
+no number, how held-out records are measured, what is written, when a checkpoint counts as complete, and how one is
+loaded. The loop, the loss over the tokens of a whole optimizer step, logging and schedules are the library's.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_utils import EvalLoopOutput
 
+from llava_saep.data.collator import SAMPLE_INDICES
+from llava_saep.data.dataset import ConversationDataset
 from llava_saep.data.sampler import LengthGroupedSampler, padding_share
 from llava_saep.errors import UserError
 from llava_saep.model.cached_features import CachedVisionFeatures
@@ -26,7 +29,9 @@ from llava_saep.model.loading import load_projector_weights, read_weights_file
 from llava_saep.train import checkpointing, distributed, saving, universal
 from llava_saep.train.config import TrainingConfig
 from llava_saep.train.distributed import barrier
+from llava_saep.train.held_out import HeldOutShard, add_up, blank_sample, held_out_loader, measure
 from llava_saep.train.interruption import shielded
+from llava_saep.train.loss_guard import LossGuard, MicroBatchLeftOut
 from llava_saep.train.optimizer import parameter_groups
 from llava_saep.train.throughput import Throughput
 
@@ -43,14 +48,20 @@ class LlavaTrainer(Trainer):
 
     Args:
         config: what learns and how; its save_total_limit is applied here, after a checkpoint is known to be complete.
+        conversations: the samples that train_dataset is made of.
         kwargs: as for Trainer. `args.save_total_limit` must be None.
     """
 
-    def __init__(self, *, config: TrainingConfig, **kwargs) -> None:
+    def __init__(self, *, config: TrainingConfig, conversations: ConversationDataset, **kwargs) -> None:
         assert kwargs["args"].save_total_limit is None
         super().__init__(**kwargs)
         self.config = config
         self.throughput = Throughput(self.base_model.config.image_token_id)
+        self.conversations = conversations
+        self.loss_guard = LossGuard(config.on_nan_loss, conversations.describe_sample, self.args.device)
+        self._sample_indices: list[int] = []
+        self._num_noted = 0
+        self._num_steps_left_out, self._last_logged_step = 0, 0
         self.output_kind = saving.output_kind(config.trainable)
         self.converted_checkpoint: Path | None = None
         """Where the shards of the checkpoint to go on from lie for another number of ranks; deleted after loading."""
@@ -98,9 +109,11 @@ class LlavaTrainer(Trainer):
         return batches, num_items_in_batch
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, and beside each loss of training what was learnt from since the last one; see `Throughput.report`."""
+        """Log, and beside each loss of training what was learnt from since the last one and what became of samples."""
         if "loss" in logs:
             logs |= self.throughput.report(lambda counts: self.accelerator.reduce(counts, reduction="sum"))
+            logs |= self._report_samples()
+            self._correct_mean(logs)
         super().log(logs, start_time)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
@@ -132,6 +145,100 @@ class LlavaTrainer(Trainer):
             return prepared
         with self.accelerator.autocast():  # as the model's forward
             return self.cached_features.complete(prepared)
+
+    # Losses that are no numbers
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        self._sample_indices = inputs.pop(SAMPLE_INDICES).tolist()
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        except MicroBatchLeftOut:
+            if self.current_gradient_accumulation_steps > 1:
+                # The step's other micro-batches count, and ZeRO and DDP join gradients in the last one's backward pass.
+                super().training_step(model, self._blank_batch(), num_items_in_batch)
+            else:
+                self._num_steps_left_out += 1
+            return torch.zeros((), device=self.args.device)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outcome = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = outcome[0] if return_outputs else outcome
+        if not self.args.fp16:  # there a loss scale that is too high shows so, and its step is left out anyway
+            self.loss_guard.check_loss(loss.detach(), self._sample_indices, self.state.global_step + 1)
+        return outcome
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not self.args.fp16:
+            self.loss_guard.check_gradient(norm, self.state.global_step + 1)
+        return norm
+
+    def _blank_batch(self) -> dict[str, Tensor]:
+        return self.data_collator([blank_sample(self.processing_class.tokenizer.pad_token_id)])
+
+    # Held-out records
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        shard = HeldOutShard(
+            self.eval_dataset if eval_dataset is None else eval_dataset,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+            blank=blank_sample(self.processing_class.tokenizer.pad_token_id),
+        )
+        loader = held_out_loader(
+            shard,
+            batch_size=self.args.per_device_eval_batch_size,
+            collator=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+        )
+        loader.worker_init_fn = shielded(None)
+        return loader
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        self.callback_handler.eval_dataloader = dataloader
+
+        def on_batch() -> None:
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
+        sums = add_up(measure(self.model, dataloader, self._prepare_inputs, on_batch), self.args.device)
+        return EvalLoopOutput(
+            predictions=None,
+            label_ids=None,
+            metrics=sums.metrics(metric_key_prefix),
+            num_samples=len(self.eval_dataset),
+        )
+
+    # What became of the samples
+
+    def _correct_mean(self, logs: dict[str, float]) -> None:
+        """Take the steps that were left out, which the library counts with a loss of 0, out of the logged mean."""
+        num_steps, num_left_out = self.state.global_step - self._last_logged_step, self._num_steps_left_out
+        self._last_logged_step, self._num_steps_left_out = self.state.global_step, 0
+        if num_left_out >= num_steps:
+            del logs["loss"]
+        elif num_left_out > 0:
+            logs["loss"] *= num_steps / (num_steps - num_left_out)
+
+    def _report_samples(self) -> dict[str, float]:
+        """Compare notes with the other ranks and return how many samples were replaced or cut, and steps left out."""
+        self.compare_notes()
+        ledger = self.conversations.ledger
+        counts = {
+            "samples_replaced": sum(map(len, ledger.bad_indices().values())),
+            "samples_cut": len(ledger.cut_indices()),
+            "micro_batches_left_out": self.loss_guard.num_skipped,
+        }
+        return {name: count for name, count in counts.items() if count}
+
+    def compare_notes(self) -> None:
+        """Have every rank know which samples were replaced or cut anywhere; every rank must call it."""
+        ledger = self.conversations.ledger
+        if not distributed.is_true_anywhere(ledger.num_noted != self._num_noted, self.args.device):
+            return
+        ledger.flags.copy_(distributed.take_largest(ledger.flags, self.args.device))
+        self._num_noted = ledger.num_noted
 
     # What is written
 

@@ -49,7 +49,8 @@ def open_feature_cache(trainer: LlavaTrainer, dataset: ConversationDataset, conf
     pinpoints = dataset.image_grid_pinpoints if config.image_aspect_ratio == "anyres" else ()
     bytes_per_image = _bytes_per_image(model.config, dataset.image_size, pinpoints, tower.dtype)
     _announce(store, dataset.num_images, bytes_per_image)
-    dataset.use_feature_store(store)
+    for conversations in filter(None, (dataset, trainer.eval_dataset)):
+        conversations.use_feature_store(store)
     trainer.cached_features = CachedVisionFeatures(
         store,
         tower,

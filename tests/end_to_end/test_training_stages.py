@@ -250,24 +250,42 @@ def fail(argv, tmp_path, world_size=1):
     return run_ranks(run_training, argv, world_size=world_size, output_dir=tmp_path / "failed")
 
 
-def test_damaged_image_is_named_by_the_rank_that_met_it(bases, tmp_path):
+@pytest.fixture
+def damaged(tmp_path):
+    """Four records; the second one's image, which rank 1 of two meets, is none."""
     data = write_data(tmp_path / "data", num_records=4, text_only_every=0)
     (data.image_folder / "001.png").write_bytes(b"no image")
+    return data
+
+
+def test_damaged_image_ends_the_run_where_asked_and_is_named_by_the_rank_that_met_it(bases, damaged, tmp_path):
     output_dir = tmp_path / "out"
-    results = fail(training_flags(bases, data, output_dir, per_device_train_batch_size=1), tmp_path, world_size=2)
+    argv = training_flags(bases, damaged, output_dir, per_device_train_batch_size=1, on_bad_image="error")
+    results = fail(argv, tmp_path, world_size=2)
     assert results[1].exit_code == 2
     assert "error: rank 1:" in results[1].output and "001.png" in results[1].output
     assert "Traceback" not in results[1].output
     assert os.listdir(output_dir) == []
 
 
-def test_damaged_image_can_be_skipped_and_is_counted(bases, tmp_path):
-    data = write_data(tmp_path / "data", num_records=4, text_only_every=0)
-    (data.image_folder / "001.png").write_bytes(b"no image")
+def test_damaged_image_is_replaced_and_counted_over_ranks_and_workers(bases, damaged, tmp_path):
+    """Two epochs: it is met twice and counts once, on rank 0 too, which never sees it."""
     output_dir = tmp_path / "out"
-    argv = training_flags(bases, data, output_dir, per_device_train_batch_size=1, on_bad_sample="skip")
-    train_on_ranks(argv, world_size=1, output_dir=output_dir)
-    assert "skipped records" in (output_dir / "ranks" / "rank_0.txt").read_text()
+    argv = training_flags(bases, damaged, output_dir, per_device_train_batch_size=1, dataloader_num_workers=1)
+    train_on_ranks(argv, world_size=2, output_dir=output_dir)
+    assert logged(output_dir, "samples_replaced") == [1] * len(logged(output_dir, "samples_replaced"))
+    assert "skipped records, by reason: {'unreadable image': 1}" in (output_dir / "ranks" / "rank_0.txt").read_text()
+
+
+def test_damaged_image_can_be_found_before_training(bases, damaged, tmp_path):
+    output_dir = tmp_path / "out"
+    argv = training_flags(bases, damaged, output_dir, per_device_train_batch_size=1, precheck_images=True)
+    results = fail(argv, tmp_path, world_size=2)
+    assert [result.exit_code for result in results] == [2, 2]
+    assert "".join(result.output for result in results).count("001.png: cannot be read") == 1
+    train_on_ranks([*argv, "--on_bad_sample", "skip"], world_size=2, output_dir=output_dir)
+    assert logged(output_dir, "samples_replaced") == []
+    assert "1 samples left out (1 x unreadable image)" in (output_dir / "ranks" / "rank_0.txt").read_text()
 
 
 def test_missing_image_is_found_before_any_training(bases, tmp_path):

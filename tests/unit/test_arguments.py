@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from llava_saep.data.templates import TEMPLATE_NAMES
 from llava_saep.errors import UserError
 from llava_saep.model.quantization import QuantizationConfig
 from projectors import ProjectorError, registered_projectors
+from tests.fixtures.llava_scripts import LLAVA_SCRIPTS, argument_list
 
 REQUIRED = "--model_name_or_path lm --vision_tower tower --data_path data.json --output_dir out".split()
 
@@ -52,13 +54,14 @@ def test_own_flags_change_only_on_purpose():
     """A frozen list: people's scripts depend on these names, so a new or missing one is a visible decision."""
     assert " ".join(own_flags()) == (
         "apply_exif_orientation attn_implementation bits cache_dir cache_vision_features data_path double_quant "
-        "freeze_backbone freeze_mm_mlp_adapter group_by_modality_length image_aspect_ratio image_folder "
-        "image_grid_pinpoints is_multimodal jpeg_draft lazy_preprocess lora_alpha lora_bias lora_dropout lora_enable "
-        "lora_r lora_weight_path mm_patch_merge_type mm_projector_lr mm_projector_options mm_projector_type "
-        "mm_use_im_patch_token mm_use_im_start_end mm_vision_select_feature mm_vision_select_layer model_max_length "
-        "model_name_or_path mpt_attn_impl on_bad_sample optim packing pretrain_mm_mlp_adapter quant_type "
-        "remove_unused_columns report_to resume trust_projector_code tune_mm_mlp_adapter unfreeze_mm_vision_tower "
-        "version vision_tower"
+        "eval_data_path eval_image_folder freeze_backbone freeze_mm_mlp_adapter group_by_modality_length "
+        "image_aspect_ratio image_folder image_grid_pinpoints is_multimodal jpeg_draft lazy_preprocess lora_alpha "
+        "lora_bias lora_dropout lora_enable lora_r lora_weight_path mm_patch_merge_type mm_projector_lr "
+        "mm_projector_options mm_projector_type mm_use_im_patch_token mm_use_im_start_end mm_vision_select_feature "
+        "mm_vision_select_layer model_max_length model_name_or_path mpt_attn_impl on_bad_image on_bad_sample "
+        "on_nan_loss on_too_long optim packing precheck_images pretrain_mm_mlp_adapter quant_type "
+        "remove_unused_columns report_to resume stage trust_projector_code tune_mm_mlp_adapter "
+        "unfreeze_mm_vision_tower version vision_tower"
     )
 
 
@@ -246,8 +249,7 @@ def test_no_projector_flag_keeps_the_one_of_a_saved_model():
         ("--cache_vision_features cache --unfreeze_mm_vision_tower True", "changes the tower; drop one"),
         ("--jpeg_draft True --image_aspect_ratio anyres", "--jpeg_draft True: .*use square or pad"),
         ("--version vicuna", "--version: unknown conversation template 'vicuna'.*; say --version v1 for that"),
-        ("--eval_strategy steps", "no evaluation data"),
-        ("--evaluation_strategy steps", "no evaluation data"),
+        ("--eval_strategy steps", "--eval_data_path is missing"),
         ("--warmup_ratio 0.03 --warmup_steps 10", "old name of --warmup_steps"),
         ("--bf16 True --fp16 True", "choose one"),
         ("--fsdp full_shard", "use --deepspeed"),
@@ -339,3 +341,100 @@ def test_unknown_projector_is_named_with_the_nearest():
 def test_unknown_projector_option_is_named():
     with pytest.raises(ProjectorError, match="stried"):
         parse_arguments([*REQUIRED, "--mm_projector_type", "saep", "--mm_projector_options", "stried=3"])
+
+
+# Stage presets
+
+STAGES = {"pretrain": "v1_5/pretrain.sh", "finetune": "v1_5/finetune.sh", "lora": "v1_5/finetune_lora.sh"}
+NOT_OF_THE_RECIPE = {
+    "per_device_eval_batch_size",  # without evaluation
+    "report_to",
+    "save_steps",  # LLaVA's 24,000 and 50,000 lose a run that is killed before
+}
+
+
+def without_paths(config):
+    training = dict(config.training.trainer_arguments)
+    training["deepspeed"] = Path(training["deepspeed"]).name
+    return {name: value for name, value in training.items() if name not in NOT_OF_THE_RECIPE}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_sets_what_llavas_published_script_sets(stage):
+    script = parse_arguments(argument_list(LLAVA_SCRIPTS[STAGES[stage]]))
+    preset = parse_arguments([*REQUIRED, "--image_folder", "images", "--stage", stage])
+    assert without_paths(preset) == without_paths(script)
+    for name in ("trainable", "lora", "projector_learning_rate", "group_by_modality_length", "save_total_limit"):
+        assert getattr(preset.training, name) == getattr(script.training, name)
+    for name in ("conversation_template", "max_length", "image_aspect_ratio"):
+        assert getattr(preset.data, name) == getattr(script.data, name)
+    named = parse_arguments([*REQUIRED[:2], *REQUIRED[4:], "--stage", stage]).model
+    assert named.tower_for_language_model == script.model.vision_tower
+    assert named.projector.build_config(
+        vision_hidden_size=8, text_hidden_size=8, num_vision_layers=4
+    ) == script.model.projector.build_config(vision_hidden_size=8, text_hidden_size=8, num_vision_layers=4)
+
+
+@pytest.mark.parametrize("stands_before", [True, False])
+def test_a_flag_overrides_the_stage_wherever_it_stands(stands_before):
+    own, stage = ["--learning_rate", "3e-4", "--bf16", "False", "--mm_projector_type", "saep"], ["--stage", "pretrain"]
+    config = parse_arguments([*REQUIRED, *(own + stage if stands_before else stage + own)])
+    assert config.training.trainer_arguments["learning_rate"] == 3e-4
+    assert "bf16" not in config.training.trainer_arguments
+    assert config.model.projector.name == "saep"
+    assert set(config.training.preset.overridden) >= {"learning_rate", "bf16", "mm_projector_type"}
+    assert "learning_rate" not in config.training.preset.values
+
+
+@pytest.mark.parametrize(
+    ("stage", "own"),
+    [
+        ("finetune", "--group_by_length True"),
+        ("lora", "--freeze_mm_mlp_adapter True"),
+        ("pretrain", "--lora_enable True"),
+        ("finetune", "--fp16 True"),
+        ("finetune", "--tune_mm_mlp_adapter True"),
+        ("lora", "--tune_mm_mlp_adapter True"),
+    ],
+)
+def test_a_stage_gives_way_to_flags_that_exclude_its_own(stage, own):
+    parse_arguments([*REQUIRED, "--stage", stage, *own.split()])
+
+
+def test_a_stages_projector_and_tower_leave_a_saved_models_alone():
+    config = parse_arguments([*REQUIRED[:2], *REQUIRED[4:], "--stage", "finetune"])
+    assert config.model.keeps_saved_projector
+    assert config.model.vision_tower is None
+    assert not parse_arguments(
+        [*REQUIRED, "--stage", "finetune", "--mm_projector_type", "saep"]
+    ).model.keeps_saved_projector
+
+
+# Held-out data
+
+
+def test_held_out_data_are_measured_at_epochs_unless_steps_are_given():
+    def strategy(*flags):
+        config = parse_arguments([*REQUIRED, "--image_folder", "images", "--eval_data_path", "held_out.json", *flags])
+        assert config.data.eval_image_folder == "images"
+        return config.training.trainer_arguments["eval_strategy"]
+
+    assert strategy() == "epoch"
+    assert strategy("--eval_steps", "50") == "steps"
+    assert strategy("--eval_strategy", "epoch", "--eval_steps", "50") == "epoch"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--evaluation_strategy steps --eval_steps 5", "--eval_data_path is missing"),
+        ("--eval_data_path held_out.json --evaluation_strategy no", "contradicts --eval_strategy no"),
+        ("--eval_data_path held_out.json --eval_strategy steps", "--eval_steps is missing"),
+        ("--eval_data_path held_out.json --eval_steps 0", "--eval_steps 0.0: expected more than 0"),
+        ("--eval_image_folder images", "without --eval_data_path"),
+        ("--eval_data_path held_out.json --load_best_model_at_end True", "not supported"),
+    ],
+)
+def test_unclear_evaluation_is_refused(flags, words):
+    with pytest.raises(UserError, match=words):
+        parse_arguments([*REQUIRED, *flags.split()])

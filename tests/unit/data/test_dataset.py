@@ -15,6 +15,7 @@ from llava_saep.data import dataset as dataset_module
 from llava_saep.data.collator import ConversationCollator
 from llava_saep.data.dataset import ConversationDataset, check_data
 from llava_saep.data.feature_cache import FeatureStore, ImageFeatures
+from llava_saep.data.image_check import find_damaged_images
 from llava_saep.data.images import ImageSize, load_image, preprocess_image
 from llava_saep.data.records import BadSampleError
 from llava_saep.data.templates import conversation_template
@@ -65,7 +66,7 @@ def test_images_stand_where_their_markers_do(make_dataset, tokenizer):
 
 
 def test_text_only_sample_has_no_pixels(make_dataset):
-    assert make_dataset([_record()])[0].keys() == {"input_ids", "labels"}
+    assert make_dataset([_record()])[0].keys() == {"input_ids", "labels", "sample_index"}
 
 
 def test_a_marker_in_a_text_only_sample_is_text(make_dataset):
@@ -186,9 +187,80 @@ def test_damaged_image_is_replaced_by_the_next_usable_sample(make_dataset, tmp_p
         samples = [dataset[index] for index in (1, 2, 3)]
     for sample in samples:
         assert sample["input_ids"].tolist() == samples[2]["input_ids"].tolist()
-    assert dataset.skipped == {"unreadable image": 3}  # 1 met both, 2 met itself
+    assert dataset.skipped == {"unreadable image": 2}  # each counts once, though 1 and 2 met the second
     assert len(caplog.records) == 1
     assert "sample 1 (id 'Answer 1.')" in caplog.text
+
+
+def test_damaged_image_alone_can_be_tolerated(make_dataset, tmp_path):
+    """What shows at the start ends the run before it, and a damaged image does not end it at step 9,000."""
+    dataset = _with_damaged_images(make_dataset, tmp_path, on_bad_image="skip")
+    assert int(dataset[1]["sample_index"]) == 3
+    with pytest.raises(BadSampleError, match="its answer 1 is empty"):
+        make_dataset([_record(), _record(answer="")], on_bad_image="skip")
+
+
+def test_damaged_image_is_opened_once(make_dataset, tmp_path, monkeypatch):
+    opened = []
+    dataset = _with_damaged_images(make_dataset, tmp_path, on_bad_image="skip")
+    monkeypatch.setattr(
+        dataset_module, "load_image", lambda path, **_: opened.append(Path(path).name) or load_image(path)
+    )
+    for _ in range(3):
+        list(dataset)
+    assert opened.count("broken.png") == 2  # two samples show it
+
+
+def test_a_folder_that_is_gone_ends_the_run(make_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset_module, "MAX_BAD_IN_A_ROW", 3)
+    dataset = make_dataset([_record("red.png") for _ in range(8)], on_bad_image="skip")
+    (tmp_path / "red.png").unlink()
+    with pytest.raises(UserError, match="3 samples in a row cannot be read; is the image folder still there.*red.png"):
+        dataset[0]
+
+
+def test_account_names_what_was_left_out_replaced_and_cut(make_dataset, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    long = _record(answer="A cat. " * 50) | {"id": "long"}
+    records = [_record("red.png"), _record("gone.png"), _record("broken.png"), long]
+    dataset = make_dataset(records, max_length=90, on_bad_sample="skip")
+    list(DataLoader(dataset, batch_size=None, num_workers=1))
+    account = dataset.account()
+    assert (account.num_records, account.num_used, account.num_cut) == (4, 2, 1)
+    assert account.left_out == {"missing image": 1}
+    assert account.replaced == {"unreadable image": 1}
+    assert "gone.png does not exist" in account.examples["missing image"][0]
+    assert "broken.png: cannot be read" in account.examples["unreadable image"][0]
+    assert account.examples["cut"] == [f"{tmp_path / 'data.json'}: sample 3 (id 'long')"]
+
+
+@pytest.mark.parametrize("image", [None, "red.png"])
+def test_too_long_records_are_cut_skipped_or_refused(make_dataset, image):
+    whole = make_dataset([_record(image, answer="A cat. " * 20)])
+    length = whole.lengths[0]
+    fitting, long = _record(image), _record(image, answer="A cat. " * 20)
+    assert make_dataset([fitting, long], max_length=length - 1).lengths[1] == length - 1
+    for policy in ("skip", "error"):  # as long as allowed is not too long
+        assert len(make_dataset([fitting, long], max_length=length, on_too_long=policy)) == 2
+    skipping = make_dataset([fitting, long], max_length=length - 1, on_too_long="skip")
+    assert len(skipping) == 1
+    assert skipping.skipped == {"longer than max_length": 1}
+    with pytest.raises(BadSampleError, match=f"sample 1 .*: has {length} tokens, more than {length - 1}"):
+        make_dataset([fitting, long], max_length=length - 1, on_too_long="error", on_bad_sample="skip")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_all_images_can_be_decoded_before_training(make_dataset, tmp_path, num_workers):
+    dataset = _with_damaged_images(make_dataset, tmp_path, on_bad_sample="skip")
+    damaged = find_damaged_images(dataset, range(4), num_workers=num_workers)
+    assert list(damaged) == [1, 2]
+    dataset.leave_out(damaged)
+    assert [int(sample["sample_index"]) for sample in dataset] == [0, 1]
+    assert len(dataset.lengths) == 2
+    assert dataset.skipped == {"unreadable image": 2}
+    strict = _with_damaged_images(make_dataset, tmp_path)
+    with pytest.raises(BadSampleError, match=r"sample 1 .*In all 2 samples cannot be used: 2 x unreadable image"):
+        strict.leave_out(find_damaged_images(strict, range(4), num_workers=num_workers))
 
 
 def test_last_sample_is_replaced_by_the_first(make_dataset, tmp_path):
@@ -202,7 +274,7 @@ def test_worker_processes_report_skips_and_errors(make_dataset, tmp_path):
     skipping = _with_damaged_images(make_dataset, tmp_path, on_bad_sample="skip")
     batches = list(DataLoader(skipping, batch_size=2, num_workers=1, collate_fn=collator))
     assert [len(batch["pixel_values"]) for batch in batches] == [2, 2]
-    assert skipping.skipped == {"unreadable image": 3}
+    assert skipping.skipped == {"unreadable image": 2}
     strict = _with_damaged_images(make_dataset, tmp_path)
     with pytest.raises(BadSampleError) as info:
         list(DataLoader(strict, batch_size=4, num_workers=1, collate_fn=collator))

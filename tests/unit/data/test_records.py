@@ -90,9 +90,31 @@ def test_unusable_file_is_described(tmp_path, content, message):
         read_records(_write(tmp_path / "data.json", content))
 
 
-def test_broken_line_is_named(tmp_path):
-    with pytest.raises(UserError, match="data.jsonl: is not JSON: .* at line 2 column 2"):
-        read_records(_write(tmp_path / "data.jsonl", '{"id": 1}\n{oops}\n'))
+CUT_OFF = "cut off when it was written or copied"
+
+
+@pytest.mark.parametrize("num_characters", [10, 60, 100, 150])
+def test_a_list_that_was_cut_off_is_named_with_its_last_line(tmp_path, num_characters):
+    """In a string, between two records, after a comma."""
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat."}]
+    content = json.dumps([{"id": index, "conversations": turns} for index in range(3)], indent=1)[:num_characters]
+    last_line = content.count("\n") + 1
+    with pytest.raises(UserError, match=rf"data.json: is not JSON: .* at line {last_line} .*{CUT_OFF}"):
+        read_records(_write(tmp_path / "data.json", content))
+
+
+def test_a_line_that_is_not_json_is_one_bad_record_among_the_others(tmp_path):
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat."}]
+    lines = [json.dumps({"id": name, "conversations": turns}) for name in "abc"]
+    path = _write(tmp_path / "data.jsonl", "\n".join([lines[0], "{oops}", "", lines[1], lines[2][:40]]))
+    with pytest.raises(BadSampleError, match="data.jsonl: sample 1 .*: line 2 is not JSON: .* at column 2$"):
+        read_records(path)
+    errors = []
+    records = read_records(path, on_bad_record=errors.append)
+    assert [record.source.id for record in records] == ["a", "b"]
+    assert [error.source.index for error in errors] == [1, 3]
+    assert {error.cause for error in errors} == {"malformed record"}
+    assert "line 5" in str(errors[1]) and CUT_OFF in str(errors[1])
 
 
 def test_missing_and_binary_files_are_named(tmp_path):
