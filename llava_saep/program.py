@@ -1,6 +1,7 @@
 """What every command line here shares: flags in LLaVA's spellings, and how a program ends."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -32,6 +33,8 @@ def run_program(name: str, main: Callable[[Sequence[str]], int], argv: Sequence[
     Returns:
         the exit code: what `main` returns, 2 for the caller's mistakes, 130 after Ctrl-C.
     """
+    # peft imports bitsandbytes, which recommends a kernel on some processors that nothing here would use.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # A projector named as package.module:Class is looked for in the working folder too, as `python -m` would.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
