@@ -47,6 +47,16 @@ DEFAULT_PROJECTOR = "linear"
 CHANGED_DEFAULTS = frozenset({"optim", "remove_unused_columns", "report_to"})
 """Flags of transformers with another default here."""
 
+LLAVA_FLAGS = frozenset(
+    "model_name_or_path version freeze_backbone tune_mm_mlp_adapter vision_tower mm_vision_select_layer "
+    "pretrain_mm_mlp_adapter mm_projector_type mm_use_im_start_end mm_use_im_patch_token mm_patch_merge_type "
+    "mm_vision_select_feature data_path lazy_preprocess is_multimodal image_folder image_aspect_ratio cache_dir optim "
+    "remove_unused_columns freeze_mm_mlp_adapter mpt_attn_impl model_max_length double_quant quant_type bits "
+    "lora_enable lora_r lora_alpha lora_dropout lora_weight_path lora_bias mm_projector_lr "
+    "group_by_modality_length".split()
+)
+"""Flags of llava/train/train.py, whose abbreviations keep their meaning whatever is added here."""
+
 
 @dataclass
 class ModelArguments:
@@ -251,6 +261,11 @@ def own_flags() -> tuple[str, ...]:
     return tuple(sorted(declared - inherited | CHANGED_DEFAULTS))
 
 
+@functools.cache
+def _added_flags() -> frozenset[str]:
+    return frozenset(own_flags()) - LLAVA_FLAGS - CHANGED_DEFAULTS
+
+
 # Flags of earlier versions
 
 _RENAMED_FLAGS = {
@@ -367,6 +382,11 @@ def translate_removed_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 class _Parser(AbbreviatingParser, HfArgumentParser):
     """Says what is wrong as a UserError, in place of a usage text of three screens."""
+
+    def _get_option_tuples(self, option_string: str) -> list[tuple]:
+        # What abbreviates a flag of LLaVA's or transformers' must not become ambiguous by one that is added here.
+        matches = super()._get_option_tuples(option_string)
+        return [match for match in matches if match[0].dest not in _added_flags()] or matches
 
     def error(self, message: str) -> None:
         raise UserError(f"{message}. `--help` lists the flags.")

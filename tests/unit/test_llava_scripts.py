@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import transformers
 
+from llava_saep import arguments
 from llava_saep.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
 from llava_saep.model.quantization import QuantizationConfig
 from llava_saep.train.config import LoraConfig
@@ -81,6 +82,10 @@ def shortest_abbreviation(flag):
     others.discard(flag)
     lengths = (n for n in range(1, len(flag) + 1) if not any(other.startswith(flag[:n]) for other in others))
     return flag[: next(lengths, len(flag))]
+
+
+def test_no_flag_of_llava_counts_as_one_that_was_added():
+    assert set(LLAVA_FLAGS) == arguments.LLAVA_FLAGS
 
 
 @pytest.mark.parametrize("flag", LLAVA_FLAGS)
