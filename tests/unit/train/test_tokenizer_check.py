@@ -5,10 +5,14 @@ import logging
 import shutil
 
 import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from llava_saep.arguments import parse_arguments
+from llava_saep.data.collator import ConversationCollator
 from llava_saep.errors import UserError
-from llava_saep.model.parts import build_tokenizer
+from llava_saep.model.parts import build_tokenizer, complete_tokenizer
 from llava_saep.train.run import build_dataset, plan_model
 from tests.fixtures.tiny import TinyBases, write_bases, write_data
 from tests.fixtures.training import training_flags
@@ -57,6 +61,18 @@ def test_special_token_without_a_row_is_named_with_both_numbers(kind, with_token
 def test_tokenizer_without_a_pad_token_pads_with_unk(bases):
     assert "pad_token" not in json.loads((bases.language_model / "tokenizer_config.json").read_text())
     assert build_tokenizer(str(bases.language_model)).pad_token == "<unk>"
+
+
+def test_tokenizer_without_pad_and_unk_pads_with_its_end_which_stays_a_target():
+    """Padding is masked by its place, so an end token that was learnt is not taken for it."""
+    backend = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}))
+    tokenizer = complete_tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
+    assert tokenizer.pad_token == "</s>"
+    samples = [{"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)} for ids in ([0, 0, 1], [0, 1])]
+    batch = ConversationCollator(tokenizer.pad_token_id, (8, 8), 16)(samples)
+    assert batch["input_ids"].tolist() == [[0, 0, 1], [0, 1, 1]]
+    assert batch["labels"].tolist() == [[0, 0, 1], [0, 1, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
 
 
 def test_tokenizer_with_nothing_to_pad_with_is_refused(bases, tmp_path, monkeypatch):
