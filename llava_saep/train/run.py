@@ -26,7 +26,7 @@ from llava_saep.data.records import BadSampleError
 from llava_saep.data.sampler import padding_share
 from llava_saep.data.templates import conversation_template
 from llava_saep.errors import UserError
-from llava_saep.model import LlavaSaepConfig, LlavaSaepProcessor
+from llava_saep.model import LlavaSaepConfig, LlavaSaepForConditionalGeneration, LlavaSaepProcessor
 from llava_saep.model.combined_towers import split_tower_names
 from llava_saep.model.formats import read_base_config
 from llava_saep.model.hub import hub_cache
@@ -92,21 +92,7 @@ def train(config: RunConfig) -> None:
         if config.data.precheck_images:
             check_images(dataset, arguments)
         model = load_weights(config.model, model_config, arguments)
-        padding_free = choose_attention(
-            model.model.language_model, config.model.attn_implementation, packing=config.data.packing
-        )
-        model = choose_trainable(model, config.training, arguments)
-        rows = pack(dataset, arguments, padding_free=padding_free) if config.data.packing else dataset
-        trainer = make_trainer(
-            model,
-            processor,
-            rows,
-            config,
-            arguments,
-            conversations=dataset,
-            held_out=held_out,
-            padding_free=padding_free,
-        )
+        trainer = assemble(model, processor, dataset, config, arguments, held_out=held_out)
         if config.data.cache_vision_features is not None:
             open_feature_cache(trainer, dataset, config.data)
         run_loop(trainer, checkpoint, watch)
@@ -606,6 +592,37 @@ def choose_trainable(model: nn.Module, config: TrainingConfig, arguments: Traini
 
 
 # The loop
+
+
+def assemble(
+    model: LlavaSaepForConditionalGeneration,
+    processor: LlavaSaepProcessor,
+    dataset: ConversationDataset,
+    config: RunConfig,
+    arguments: TrainingArguments,
+    *,
+    held_out: ConversationDataset | None = None,
+) -> LlavaTrainer:
+    """Make the Trainer of a run: attention, what learns, rows of conversations, batches.
+
+    Raises:
+        UserError: the language model cannot attend as asked for.
+    """
+    padding_free = choose_attention(
+        model.model.language_model, config.model.attn_implementation, packing=config.data.packing
+    )
+    model = choose_trainable(model, config.training, arguments)
+    rows = pack(dataset, arguments, padding_free=padding_free) if config.data.packing else dataset
+    return make_trainer(
+        model,
+        processor,
+        rows,
+        config,
+        arguments,
+        conversations=dataset,
+        held_out=held_out,
+        padding_free=padding_free,
+    )
 
 
 def pack(dataset: ConversationDataset, arguments: TrainingArguments, *, padding_free: bool) -> PackedDataset:

@@ -9,6 +9,8 @@ from torch.utils.data import Dataset
 
 from llava_saep.bench.training.shapes import NUM_SPECIAL_TOKENS, ModelShape
 from llava_saep.constants import IGNORE_INDEX
+from llava_saep.data.collator import SAMPLE_INDEX
+from llava_saep.data.ledger import SampleLedger
 
 _BOS_TOKEN_ID = 1
 
@@ -45,14 +47,17 @@ def draw_conversations(count: int, lengths: TextLengths, seed: int) -> tuple[Con
 class ConversationSamples(Dataset[dict[str, Tensor]]):
     """Conversations as samples, in memory; one pass over them is one optimizer step.
 
-    It answers what `LlavaTrainer` asks of a data set: the image's size and the lengths.
+    It answers what `LlavaTrainer` and packed rows ask of a `ConversationDataset`.
     """
 
     def __init__(
         self, conversations: Sequence[Conversation], shape: ModelShape, num_image_tokens: int, seed: int
     ) -> None:
         self.image_size = (shape.image_size, shape.image_size)
+        self.ledger = SampleLedger(len(conversations))
+        self.skipped: dict[str, int] = {}
         self.lengths = [each.num_text_tokens + num_image_tokens for each in conversations]
+        self.max_length = max(self.lengths)
         generator = torch.Generator().manual_seed(seed)
         self._samples = [_draw_sample(each, shape, num_image_tokens, generator) for each in conversations]
 
@@ -65,8 +70,16 @@ class ConversationSamples(Dataset[dict[str, Tensor]]):
         return len(self._samples)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """input_ids (T,), labels (T,) and pixel_values (1, 3, H, W)."""
-        return dict(self._samples[index])
+        """input_ids (T,), labels (T,), pixel_values (1, 3, H, W) and sample_index ()."""
+        return {**self._samples[index], SAMPLE_INDEX: torch.tensor(index)}
+
+    def load_or_skip(self, index: int) -> dict[str, Tensor]:
+        """The sample, as a packed row asks for it; every one can be used."""
+        return self[index]
+
+    def describe_sample(self, index: int) -> str:
+        """Name a sample, for messages about it."""
+        return f"conversation {index} of the benchmark"
 
 
 def _draw_sample(

@@ -84,6 +84,7 @@ class Side:
     projector_options: Mapping[str, Any] = field(default_factory=dict)
     own_data: DataConfig | None = None
     own_training: TrainingConfig | None = None
+    attn_implementation: str | None = None
 
     @property
     def is_stock(self) -> bool:
@@ -211,17 +212,19 @@ def make_own_trainer(side: Side, workload: TrainingWorkload) -> Trainer:
     selection = select_by_hand(side.projector, side.projector_options)
     trainer_arguments = {**side.own_training.trainer_arguments, "per_device_train_batch_size": workload.batch_size}
     training = replace(side.own_training, trainer_arguments=trainer_arguments)
-    model_config = ModelConfig(language_model="random", vision_tower="random", projector=selection)
+    model_config = ModelConfig(
+        language_model="random",
+        vision_tower="random",
+        projector=selection,
+        attn_implementation=side.attn_implementation,
+    )
     arguments = run.start(training)
     model = build_own_model(
         workload.shape, selection, DTYPES[workload.dtype], torch.device(workload.device), workload.seed
     )
-    padding_free = run.choose_attention(model.model.language_model, None, packing=False)
-    model = run.choose_trainable(model, training, arguments)
     num_image_tokens = projector_config_for(selection, workload.shape).num_output_tokens(workload.shape.grid)
     config = RunConfig(model=model_config, data=side.own_data, training=training)
-    samples = _samples(workload, num_image_tokens)
-    return run.make_trainer(model, _Processor(), samples, config, arguments, padding_free=padding_free)
+    return run.assemble(model, _Processor(), _samples(workload, num_image_tokens), config, arguments)
 
 
 def _samples(workload: TrainingWorkload, num_image_tokens: int) -> ConversationSamples:

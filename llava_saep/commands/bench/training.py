@@ -134,6 +134,7 @@ def own_side(name: str, arguments: argparse.Namespace, workload: TrainingWorkloa
         projector_options=options,
         own_data=run_config.data,
         own_training=run_config.training,
+        attn_implementation=run_config.model.attn_implementation,
     )
 
 

@@ -67,7 +67,17 @@ def test_both_sides_train_the_same_parts(train, learns, tmp_path):
     assert counts[0] == counts[1]
 
 
-@pytest.mark.parametrize("flags", [(), ("--gradient_checkpointing",), ("--train", "lora"), ("--train", "projector")])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--gradient_checkpointing",),
+        ("--train", "lora"),
+        ("--train", "projector"),
+        ("--own_flags", "--attn_implementation sdpa"),
+        ("--own_flags", "--packing True"),
+    ],
+)
 def test_sides_with_the_same_projector_take_the_same_steps(flags, tmp_path):
     """Both losses of the first step agree to float32's rounding, so the sides are given the same work."""
     sides, workload = plan(tmp_path, "mlp2x_gelu", *flags)
@@ -81,11 +91,12 @@ def test_sides_with_the_same_projector_take_the_same_steps(flags, tmp_path):
         assert step.num_positions >= 3 * 16
 
 
-def test_stock_side_pads_to_the_longest(tmp_path):
+def test_stock_side_pads_to_the_longest_and_ours_does_not_pad(tmp_path):
     sides, workload = plan(tmp_path, "mlp2x_gelu")
-    (step,) = take_steps(sides[0], workload, count=1)
-    trainer = make_stock_trainer(workload, str(tmp_path))
-    assert step.num_positions == 3 * max(trainer.train_dataset.lengths)
+    stock, own = (take_steps(side, workload, count=1)[0] for side in sides)
+    lengths = make_stock_trainer(workload, str(tmp_path)).train_dataset.lengths
+    assert stock.num_positions == 3 * max(lengths)
+    assert own.num_positions == sum(lengths)
 
 
 def test_weights_of_one_name_are_the_same_in_both_models():
