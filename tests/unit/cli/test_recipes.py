@@ -90,6 +90,27 @@ def test_values_are_those_of_llavas_script_of_this_name(stage, run_recipe):
     assert zero[0] == zero[1]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "stage"), [("pretrain", "pretrain"), ("finetune", "finetune"), ("finetune_lora", "lora")]
+)
+def test_values_are_those_that_the_stage_flag_sets(recipe, stage, run_recipe):
+    _, flags = run_recipe("llava_1_5", recipe)
+    ours = parse_arguments(flags)
+    names = ("model_name_or_path", "data_path", "image_folder", "output_dir")
+    places = argument_list({name: value(flags, name) for name in names})
+    if ours.model.projector_weights is not None:
+        places += ["--pretrain_mm_mlp_adapter", ours.model.projector_weights]
+    preset = parse_arguments([*places, "--stage", stage])
+    assert ours.data == preset.data
+    assert ours.model.projector == preset.model.projector
+    training = ("trainable", "lora", "projector_learning_rate", "group_by_modality_length", "save_total_limit")
+    for name in training:
+        assert getattr(ours.training, name) == getattr(preset.training, name)
+    said, set_by_stage = (dict(c.training.trainer_arguments) for c in (ours, preset))
+    assert Path(said.pop("deepspeed")).name == Path(set_by_stage.pop("deepspeed")).name
+    assert said == set_by_stage
+
+
 def test_anyres_cuts_images_as_llava_1_6_does(run_recipe):
     config = parse_arguments(run_recipe("llava_1_5", "finetune_anyres")[1])
     assert (config.data.image_aspect_ratio, config.model.mm_patch_merge_type) == ("anyres", "spatial_unpad")
