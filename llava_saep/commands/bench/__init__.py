@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from llava_saep.errors import UserError
 
 SUBCOMMANDS = {
+    "packing": "what padding costs by the way of batching, and attention over one row of many conversations",
     "training": "training steps side by side with transformers' own Llava under its own Trainer",
 }
 """Modules of this package."""
