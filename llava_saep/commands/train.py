@@ -1,14 +1,20 @@
 """`llava-saep train`: checks the flags once, then has the deepspeed launcher start the script on every rank."""
 
 import argparse
+import base64
 import contextlib
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import psutil
 
 from llava_saep.errors import UserError
 
@@ -33,6 +39,10 @@ VALUED_LAUNCHER_FLAGS = (
 )
 SWITCHES_OF_LAUNCHER = ("--no_ssh", "--no_ssh_check", "--force_multi", "--bind_cores_to_rank")
 """Flags that the deepspeed launcher takes itself; all others go to the training script."""
+LOCAL_LAUNCHER_FLAGS = frozenset(("--master_port", "--bind_cores_to_rank", "--bind_core_list"))
+"""Those that mean something where all ranks are on this machine."""
+DEFAULT_HOSTFILE = Path("/job/hostfile")
+"""Where the deepspeed launcher looks for machines if it is told of none."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -158,11 +168,29 @@ def launcher_command(
     The launcher is started as a module of this interpreter, so that it works where its script is not on the PATH. On
     one machine the ranks meet at a free port: with the launcher's own default a second run beside the first one fails.
     """
+    named = {flag for flag in launcher_flags if flag.startswith("--")}
+    if num_processes is not None and named <= LOCAL_LAUNCHER_FLAGS and not DEFAULT_HOSTFILE.is_file():
+        return local_launcher_command(launcher_flags, training_flags, num_processes)
     count = [] if num_processes is None else ["--num_gpus", str(num_processes)]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    is_on_one_machine = not {"--hostfile", "--num_nodes", "--node_rank", "--master_addr"} & set(launcher_flags)
-    port = ["--master_port", str(free_port())] if is_on_one_machine and "--master_port" not in launcher_flags else []
+    is_on_one_machine = not {"--hostfile", "--num_nodes", "--node_rank", "--master_addr"} & named
+    port = ["--master_port", str(free_port())] if is_on_one_machine and "--master_port" not in named else []
     return [*launcher, *count, *port, *launcher_flags, str(TRAINING_SCRIPT), *training_flags]
+
+
+def local_launcher_command(
+    launcher_flags: Sequence[str], training_flags: Sequence[str], num_processes: int
+) -> list[str]:
+    """The part of the deepspeed launcher that starts the ranks of one machine, without the part that finds machines.
+
+    The latter ends with code 0 when the former is killed, and ignores CUDA_VISIBLE_DEVICES beside a number.
+    """
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    devices = visible[:num_processes] if len(visible) >= num_processes else list(range(num_processes))
+    machines = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
+    launcher = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={machines}"]
+    port = [] if "--master_port" in launcher_flags else ["--master_port", str(free_port())]
+    return [*launcher, "--master_addr", "127.0.0.1", *port, *launcher_flags, str(TRAINING_SCRIPT), *training_flags]
 
 
 def free_port() -> int:
@@ -188,17 +216,81 @@ def launcher_environment(num_processes: int | None, environment: Mapping[str, st
 
 
 def run_launcher(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run the launcher to its end and return its exit code; Ctrl-C reaches the ranks and is waited for."""
+    """Run the launcher to its end and return its exit code; Ctrl-C reaches the ranks and is waited for.
+
+    SIGTERM and SIGUSR1 go to the ranks, which save and end. The launcher itself would end each rank 30 s after the
+    signal, saved or not.
+    """
     process = subprocess.Popen(command, env=dict(environment))
-    try:
-        return process.wait()
-    except KeyboardInterrupt:
-        # The terminal has sent the signal to the launcher too, which stops its ranks.
+    with stopping_ranks_of(process) as received:
         try:
-            process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            process.terminate()
-        raise
+            code = process.wait()
+        except KeyboardInterrupt:
+            # The terminal has sent the signal to the launcher too, which stops its ranks.
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.terminate()
+            raise
+    return exit_code_of(code, was_stopped=bool(received))
+
+
+@contextlib.contextmanager
+def stopping_ranks_of(launcher: subprocess.Popen) -> Iterator[list[int]]:
+    """Pass signals that ask for a stop on to the ranks.
+
+    Yields:
+        the signals that have come.
+    """
+    from llava_saep.train.interruption import STOP_SIGNALS
+
+    received: list[int] = []
+
+    def pass_on(number: int, _: object) -> None:
+        received.append(number)
+        ranks = find_ranks(launcher.pid)
+        for rank in ranks:
+            with contextlib.suppress(psutil.Error):
+                rank.send_signal(number)
+        if not ranks and launcher.poll() is None:
+            launcher.terminate()  # they have not started yet, or are on other machines
+
+    if threading.current_thread() is not threading.main_thread():  # Python allows no handlers there
+        yield received
+        return
+    previous = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def find_ranks(launcher_pid: int) -> list[psutil.Process]:
+    """Ranks on this machine below a launcher, with their data loaders' workers."""
+    ranks = []
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process(launcher_pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                words = process.cmdline()
+                if str(TRAINING_SCRIPT) in words and not any(word.startswith("deepspeed.launcher") for word in words):
+                    ranks.append(process)
+    return ranks
+
+
+def exit_code_of(code: int, *, was_stopped: bool) -> int:
+    """What to end with, as a shell reports it.
+
+    Args:
+        code: the launcher's; negative where a signal has ended it.
+        was_stopped: the ranks were asked to stop. The launcher says 1 if it had the signal too, or the signal's number
+            if the ranks had nothing to save yet.
+    """
+    from llava_saep.train.interruption import STOPPED_EXIT_CODE
+
+    if was_stopped and code in (1, -signal.SIGTERM, 256 - signal.SIGTERM):
+        return STOPPED_EXIT_CODE
+    return 128 - code if code < 0 else code
 
 
 def print_help() -> None:

@@ -1,5 +1,9 @@
 """`llava-saep train`: which flags go where, and that nothing starts before they are right."""
 
+import base64
+import json
+import os
+import signal
 import sys
 
 import pytest
@@ -39,12 +43,24 @@ def test_launcher_flags_are_separated_from_training_flags():
 def test_training_script_is_started_through_the_launcher_of_this_interpreter(flags, started):
     assert main(["train", "--num_processes", "2", *flags]) == 0
     ((command, environment),) = started
-    assert command[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
-    assert command[3:5] == ["--num_gpus", "2"]
-    assert command[5] == "--master_port"
-    assert command[7:] == [str(train.TRAINING_SCRIPT), *flags]
+    assert command[:4] == [sys.executable, "-u", "-m", "deepspeed.launcher.launch"]
+    assert devices_of(command) == [0, 1]
+    assert command[-len(flags) - 1 :] == [str(train.TRAINING_SCRIPT), *flags]
     assert train.TRAINING_SCRIPT.is_file()
     assert int(environment["OMP_NUM_THREADS"]) >= 1
+
+
+def devices_of(command):
+    (machines,) = (word.partition("=")[2] for word in command if word.startswith("--world_info="))
+    return json.loads(base64.urlsafe_b64decode(machines))["localhost"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "devices"), [("4,5,6", ["4", "5"]), ("GPU-1,GPU-2", ["GPU-1", "GPU-2"]), ("", [0, 1]), ("3", [0, 1])]
+)
+def test_ranks_take_the_gpus_that_are_visible(visible, devices, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert devices_of(train.launcher_command(["--bind_cores_to_rank"], [], 2)) == devices
 
 
 def test_hostfile_decides_the_number_of_processes(flags, started, tmp_path):
@@ -104,6 +120,37 @@ def test_cores_are_shared_out_among_the_processes(monkeypatch):
 
 def test_exit_code_of_the_ranks_comes_back():
     assert train.run_launcher([sys.executable, "-c", "raise SystemExit(2)"], {}) == 2
+
+
+@pytest.mark.parametrize(
+    ("code", "was_stopped", "expected"),
+    [
+        (-signal.SIGKILL, False, 137),  # a killed launcher is no success, which deepspeed's own makes of it
+        (247, False, 247),  # a rank that was killed, as the launcher reports it
+        (1, False, 1),
+        (143, True, 143),
+        (1, True, 143),  # the launcher had the signal too
+        (241, True, 143),  # the ranks had not begun
+        (2, True, 2),  # nothing could be saved, since the disk was full
+        (0, True, 0),  # the signal came after the last step
+    ],
+)
+def test_exit_code_says_how_the_ranks_ended(code, was_stopped, expected):
+    assert train.exit_code_of(code, was_stopped=was_stopped) == expected
+
+
+def test_signal_is_passed_on_to_the_ranks_and_not_to_the_launcher(tmp_path, monkeypatch):
+    """A launcher that got it would end the ranks before they have saved."""
+    script = tmp_path / "train_mem.py"
+    script.write_text(
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        f"os.kill({os.getpid()}, signal.SIGTERM)\n"
+        "time.sleep(30)\n"
+    )
+    monkeypatch.setattr(train, "TRAINING_SCRIPT", script)
+    launcher = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, {str(script)!r}]))"
+    assert train.run_launcher([sys.executable, "-c", launcher], os.environ) == 143
 
 
 def test_lone_process_needs_no_launcher_unless_its_flags_are_given():
