@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from llava_saep.bench.faults.trials import FAULTS
+FAULTS = ("rank", "launcher", "command", "signal", "disk")
+"""Without "save", which test_interruption.py does at the worst moment."""
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -16,6 +17,7 @@ def test_runs_that_are_killed_stopped_or_out_of_disk_lose_nothing(tmp_path):
     """Also: nothing of them is left within a minute, and none ends as if it had succeeded."""
     folder = tmp_path / "faults"
     command = [sys.executable, "-m", "llava_saep.cli", "bench", "faults", "--output_dir", str(folder)]
+    command += ["--trials", str(len(FAULTS)), "--faults", *FAULTS]
     result = subprocess.run(
         command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=840
     )
