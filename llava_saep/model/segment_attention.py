@@ -29,6 +29,9 @@ SEGMENTS = "segments"
 """Name of this attention among transformers' implementations."""
 
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+_VARLEN_OPTIONS = () if varlen is None else tuple(inspect.signature(varlen.varlen_attn).parameters)
+"""What this torch's kernel can be told, which has grown from release to release."""
+
 _VARLEN_DTYPES = (torch.float16, torch.bfloat16)
 _MAX_VARLEN_HEAD_SIZE = 256
 
@@ -235,8 +238,8 @@ def _segment_lengths(position_ids: Tensor | None, batch_size: int, length: int) 
 
 
 def _takes_varlen(query: Tensor, dropout: float, softcap: float | None) -> bool:
-    """Whether torch's variable-length kernel (from torch 2.10, on CUDA, in half precision) computes this."""
-    if not query.is_cuda or dropout > 0 or softcap is not None or varlen is None:
+    """Whether torch's variable-length kernel (on CUDA, in half precision, in recent releases) computes this."""
+    if not query.is_cuda or dropout > 0 or softcap is not None or not {"scale", "window_size"} <= {*_VARLEN_OPTIONS}:
         return False
     head_size = query.shape[-1]
     return _dtype_of(query) in _VARLEN_DTYPES and head_size % 8 == 0 and head_size <= _MAX_VARLEN_HEAD_SIZE
@@ -259,17 +262,12 @@ def _varlen_attention(
 ) -> Tensor:
     """Attend within each segment of a batch of one row, in one call -> (1, heads, length, head_size)."""
     dtype = _dtype_of(query)  # rotary embeddings in float32 make float32 of queries and keys under autocast
+    options = {"scale": scaling, "window_size": (-1 if sliding_window is None else sliding_window - 1, 0)}
+    groups = query.shape[1] // key.shape[1]
+    if "enable_gqa" in _VARLEN_OPTIONS:
+        options["enable_gqa"] = groups > 1
+    else:
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     rows = [states[0].transpose(0, 1).to(dtype) for states in (query, key, value)]
-    window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    has_groups = query.shape[1] != key.shape[1]
-    output = varlen.varlen_attn(
-        *rows,
-        cu_seq_lens,
-        cu_seq_lens,
-        max_length,
-        max_length,
-        scale=scaling,
-        window_size=window,
-        enable_gqa=has_groups,
-    )
+    output = varlen.varlen_attn(*rows, cu_seq_lens, cu_seq_lens, max_length, max_length, **options)
     return output.transpose(0, 1)[None]

@@ -66,7 +66,7 @@ def test_float32_segments_equal_eager_alone(model_type):
     check_close(loss_and_gradients(model, [row_on_gpu()]), alone(model_type), TOLERANCE)
 
 
-@pytest.mark.parametrize("model_type", TEXT_MODELS)
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
 def test_flex_attention_equals_eager_alone(model_type):
     model = tiny_text_model(model_type).cuda()
     model.set_attn_implementation("flex_attention")
