@@ -2,15 +2,14 @@
 
 import os
 import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llava_saep import __version__
+from llava_saep.provenance import commit
 
-_ROOT = Path(__file__).parents[2]
 GIB = 1024**3
 
 
@@ -48,20 +47,6 @@ def processor_name() -> str:
             if key.strip() == "model name" and value.strip():
                 return value.strip()
     return platform.processor() or platform.machine()
-
-
-def commit() -> str | None:
-    """The checkout's commit, with "-dirty" when files differ from it; None where the code is no checkout."""
-    command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    if not (_ROOT / ".git").exists():
-        return None
-    # Without the optional locks, so that a commit at the same time is not refused.
-    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30, env=environment)
-        return result.stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def available_memory(device: torch.device) -> int | None:

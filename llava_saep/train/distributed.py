@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed
+from tqdm import tqdm
 
 from llava_saep.errors import UserError
 
@@ -60,9 +61,19 @@ class _RankZeroFilter(logging.Filter):
         return is_rank_zero() or record.levelno >= logging.ERROR
 
 
+class _AboveBars(logging.StreamHandler):
+    """Writes above a progress bar, which is drawn anew below."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=self.stream)
+        except (OSError, ValueError):  # a closed pipe, as StreamHandler takes it
+            self.handleError(record)
+
+
 def configure_logging(level: int = logging.INFO) -> None:
     """Send this project's log to stderr, once, from rank 0 (errors from every rank)."""
-    handler = logging.StreamHandler()
+    handler = _AboveBars()
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     handler.addFilter(_RankZeroFilter())
     for name in ("llava_saep", "projectors"):

@@ -50,7 +50,10 @@ from llava_saep.train.config import DataConfig, ModelConfig, RunConfig, Training
 from llava_saep.train.interruption import RunStopped, StopCallback, StopWatch
 from llava_saep.train.lora import add_lora
 from llava_saep.train.loss_guard import NonFiniteLossError
+from llava_saep.train.progress import show_progress_of
+from llava_saep.train.reporting import guard_reporters
 from llava_saep.train.stage_presets import describe_use, fit_preset
+from llava_saep.train.summary import summarized
 from llava_saep.train.trainable import set_trainable, trainable_table
 from llava_saep.train.trainer import LlavaTrainer, order_seed
 from llava_saep.train.vision_cache import open_feature_cache, report_feature_cache
@@ -95,8 +98,11 @@ def train(config: RunConfig) -> None:
         trainer = assemble(model, processor, dataset, config, arguments, held_out=held_out)
         if config.data.cache_vision_features is not None:
             open_feature_cache(trainer, dataset, config.data)
-        run_loop(trainer, checkpoint, watch)
-        save_result(trainer)
+        show_progress_of(trainer)
+        guard_reporters(trainer)
+        with summarized(trainer, config):
+            run_loop(trainer, checkpoint, watch)
+            save_result(trainer)
 
 
 # Before anything is started

@@ -48,17 +48,18 @@ class LlavaTrainer(Trainer):
 
     Args:
         config: what learns and how; its save_total_limit is applied here, after a checkpoint is known to be complete.
-        conversations: the samples that train_dataset is made of.
+        conversations: the samples that train_dataset is made of; None where there is none.
         kwargs: as for Trainer. `args.save_total_limit` must be None.
     """
 
-    def __init__(self, *, config: TrainingConfig, conversations: ConversationDataset, **kwargs) -> None:
+    def __init__(self, *, config: TrainingConfig, conversations: ConversationDataset | None, **kwargs) -> None:
         assert kwargs["args"].save_total_limit is None
         super().__init__(**kwargs)
         self.config = config
         self.throughput = Throughput(self.base_model.config.image_token_id)
         self.conversations = conversations
-        self.loss_guard = LossGuard(config.on_nan_loss, conversations.describe_sample, self.args.device)
+        describe_sample = str if conversations is None else conversations.describe_sample
+        self.loss_guard = LossGuard(config.on_nan_loss, describe_sample, self.args.device)
         self._sample_indices: list[int] = []
         self._num_noted = 0
         self._num_steps_left_out, self._last_logged_step = 0, 0
@@ -234,11 +235,13 @@ class LlavaTrainer(Trainer):
 
     def compare_notes(self) -> None:
         """Have every rank know which samples were replaced or cut anywhere; every rank must call it."""
-        ledger = self.conversations.ledger
-        if not distributed.is_true_anywhere(ledger.num_noted != self._num_noted, self.args.device):
+        ledgers = [data.ledger for data in (self.conversations, self.eval_dataset) if data is not None]
+        num_noted = sum(ledger.num_noted for ledger in ledgers)
+        if not distributed.is_true_anywhere(num_noted != self._num_noted, self.args.device):
             return
-        ledger.flags.copy_(distributed.take_largest(ledger.flags, self.args.device))
-        self._num_noted = ledger.num_noted
+        for ledger in ledgers:
+            ledger.flags.copy_(distributed.take_largest(ledger.flags, self.args.device))
+        self._num_noted = sum(ledger.num_noted for ledger in ledgers)
 
     # What is written
 

@@ -107,5 +107,9 @@ def test_run_stops_on_all_ranks_and_keeps_its_last_good_checkpoint(bases, conver
     assert "--on_nan_loss skip" in sentence
     newest, passed_over = checkpointing.find_newest_complete(tmp_path)
     assert newest.name == "checkpoint-2" and not passed_over
+    summary = json.loads((tmp_path / "training_summary.json").read_text())
+    assert summary["outcome"].startswith("stopped: step 3: the loss is nan")
+    assert (summary["steps"], summary["planned_steps"]) == (2, 4)
+    assert summary["checkpoints"] == ["checkpoint-2", "checkpoint-1"]
     weights = load_file(newest / "model.safetensors")
     assert all(weight.isfinite().all() for weight in weights.values())

@@ -1,5 +1,7 @@
 """Held-out loss and accuracy: equal to a plain computation, for any number of ranks, and without effect on training."""
 
+import json
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -57,6 +59,23 @@ def compute_plainly(argv, model_folder) -> tuple[float, float]:
     return sum(losses) / len(losses), sum(hits) / len(hits)
 
 
+def check_what_was_said(output_dir, losses):
+    """Rank 0 shows steps, held-out losses and the summary, which is in the folder too; rank 1 nothing of it."""
+    said = [(output_dir / "ranks" / f"rank_{rank}.txt").read_text() for rank in range(2)]
+    assert "step 4/4 (100%): loss " in said[0] and "tokens/s, padding " in said[0]
+    assert f"step 4: held-out loss {losses[-1]:.4f}, token accuracy" in said[0]
+    assert "step " not in said[1]
+    page = (output_dir / "training_summary.txt").read_text()
+    assert page.splitlines()[0].split() == ["outcome", "finished"]
+    assert page.splitlines()[1] in said[0]
+    summary = json.loads((output_dir / "training_summary.json").read_text())
+    assert summary["losses"]["held_out_last"] == [losses[-1], 4]
+    assert summary["tokens"]["tokens"] == sum(logged(output_dir, "tokens"))
+    assert summary["world_size"] == 2 and summary["peak_memory_bytes"] > 2**27
+    assert summary["projector"]["name"] == "saep"
+    assert summary["tokens_per_image"] == 9  # 6 x 6 patches at stride 2
+
+
 @pytest.mark.parametrize(
     "stage", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(None, marks=pytest.mark.slow)]
 )
@@ -71,6 +90,7 @@ def test_two_ranks_measure_what_a_plain_computation_gives(stage, bases, conversa
     assert losses[-1] == pytest.approx(loss, rel=1e-5)
     assert accuracies[-1] == pytest.approx(accuracy, abs=1e-9)
     assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+    check_what_was_said(tmp_path, losses)
 
 
 def test_measuring_changes_nothing_in_training_and_damaged_images_do_not_count(bases, conversations, tmp_path):

@@ -265,7 +265,7 @@ def test_damaged_image_ends_the_run_where_asked_and_is_named_by_the_rank_that_me
     assert results[1].exit_code == 2
     assert "error: rank 1:" in results[1].output and "001.png" in results[1].output
     assert "Traceback" not in results[1].output
-    assert os.listdir(output_dir) == []
+    assert {path.stem for path in output_dir.iterdir()} <= {"training_summary"}  # no model, no checkpoint
 
 
 def test_damaged_image_is_replaced_and_counted_over_ranks_and_workers(bases, damaged, tmp_path):
@@ -274,6 +274,9 @@ def test_damaged_image_is_replaced_and_counted_over_ranks_and_workers(bases, dam
     argv = training_flags(bases, damaged, output_dir, per_device_train_batch_size=1, dataloader_num_workers=1)
     train_on_ranks(argv, world_size=2, output_dir=output_dir)
     assert logged(output_dir, "samples_replaced") == [1] * len(logged(output_dir, "samples_replaced"))
+    account = json.loads((output_dir / "training_summary.json").read_text())["data"]
+    assert account["replaced"] == {"unreadable image": 1}
+    assert "sample 1 (id 'conversation-1'): " in account["examples"]["unreadable image"][0]
     assert "skipped records, by reason: {'unreadable image': 1}" in (output_dir / "ranks" / "rank_0.txt").read_text()
 
 

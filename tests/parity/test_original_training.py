@@ -35,6 +35,7 @@ def test_optimizer_groups_equal_the_originals(projector_rate, tmp_path):
     own_rate = None if projector_rate == "None" else float(projector_rate)
     trainer = LlavaTrainer(
         config=TrainingConfig(output_dir=str(tmp_path), trainable=ALL_TRAINED, projector_learning_rate=own_rate),
+        conversations=None,
         model=model,
         args=TrainingArguments(
             output_dir=str(tmp_path), learning_rate=rate, weight_decay=decay, use_cpu=True, report_to="none"
