@@ -1,6 +1,7 @@
 """`--cache_vision_features`: a run that reads what its tower saw trains as one whose tower looks every time."""
 
 import functools
+import re
 
 import pytest
 
@@ -17,7 +18,9 @@ KINDS = {
     "projector": {"tune_mm_mlp_adapter": True},
     "crops": {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad", "model_max_length": 1024},
     "two_towers": {"tune_mm_mlp_adapter": True},
-    "packed": {"packing": True, "tune_mm_mlp_adapter": True},
+    "packed": {"packing": True, "tune_mm_mlp_adapter": True, "dataloader_num_workers": 2},
+    "bf16": {"bf16": True},
+    "bf16_zero2": {"bf16": True, "deepspeed": deepspeed_json(2)},
 }
 
 
@@ -59,13 +62,17 @@ def stored(cache):
 
 
 @pytest.mark.parametrize(
-    "kind", ["projector", "crops", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("two_towers", "packed"))]
+    "kind",
+    [
+        *("projector", "crops"),
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("two_towers", "packed", "bf16", "bf16_zero2")),
+    ],
 )
 def test_losses_are_those_of_a_run_without_cache_to_the_last_bit(kind, alone, bases_of, conversations, tmp_path):
     """The first run computes everything in its first epoch, the second nothing; batches are the same ones."""
-    for name, said in (("first", "4 computed, 4 read"), ("second", "8 read")):
+    for name, said in (("first", r"4 computed, \d+ read"), ("second", r"\d+ read")):
         output = train_cached(bases_of(kind), conversations, tmp_path / name, tmp_path / "cache", kind=kind)
-        assert f"vision features: {said}" in output
+        assert re.search(f"vision features: {said}\n", output)
         assert logged(tmp_path / name, "loss") == alone(kind, 4)[0]
         assert logged(tmp_path / name, "grad_norm") == alone(kind, 4)[1]
     assert len(stored(tmp_path / "cache")) == 4
