@@ -195,7 +195,9 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     optim: str = field(default="adamw_torch", metadata={"help": "optimizer (see transformers' OptimizerNames)"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "only False is supported"})
-    report_to: str | None = field(default="none", metadata={"help": "wandb, tensorboard, ... or none"})
+    report_to: str | None = field(
+        default="none", metadata={"help": "wandb, tensorboard, trackio, ..., several with commas between them, or none"}
+    )
     freeze_mm_mlp_adapter: bool = field(default=False, metadata={"help": "keep the projector as it is"})
     mpt_attn_impl: str | None = field(default="triton", metadata={"help": "no effect: see --attn_implementation"})
     model_max_length: int = field(default=512, metadata={"help": "tokens of one sample, image tokens included"})

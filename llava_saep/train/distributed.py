@@ -13,7 +13,7 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,6 +43,13 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes train together; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def cores_per_rank() -> int:
+    """Processor cores for each rank of this machine, at least 1."""
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    return max(1, num_cores // num_ranks)
 
 
 def is_rank_zero() -> bool:
@@ -186,12 +193,12 @@ def fit_to_device(
             raise UserError("--fp16 True: training in fp16 needs a GPU, none is used here; use --bf16 True or neither")
         if fitted.pop("tf32", None):
             notes.append("--tf32 True is ignored: it is a mode of NVIDIA GPUs, and this run is on CPU")
-    reporters = fitted.get("report_to") or []
-    reporters = [reporters] if isinstance(reporters, str) else list(reporters)
+    reporters = reporter_names(fitted.get("report_to"))
     if available_reporters is not None:
-        missing = [name for name in reporters if name not in (*available_reporters, "none", "all")]
+        reporters = list(available_reporters) if "all" in reporters else reporters
+        missing = [name for name in reporters if name not in (*available_reporters, "none")]
         for name in missing:
-            notes.append(f"--report_to {name} is ignored: the package is not installed")
+            notes.append(f"--report_to {name} is ignored: the package is not installed, or does not work")
         reporters = [name for name in reporters if name not in missing]
     fitted["report_to"] = reporters or "none"
     fitted.setdefault("log_level_replica", "error")
@@ -199,11 +206,27 @@ def fit_to_device(
     return fitted, notes
 
 
-def available_reporters() -> tuple[str, ...]:
-    """Names that `--report_to` can take with the packages that are installed."""
-    from transformers.integrations import get_available_reporting_integrations
+def reporter_names(report_to: str | Sequence[str] | None) -> list[str]:
+    """Read what `--report_to` names: one, or several with commas between them."""
+    return report_to.split(",") if isinstance(report_to, str) else list(report_to or ())
 
-    return tuple(get_available_reporting_integrations())
+
+def available_reporters(asked: Sequence[str]) -> tuple[str, ...]:
+    """Names that `--report_to` can take here; of those that are asked for, only what can be started."""
+    from transformers.integrations import (
+        get_available_reporting_integrations,
+        get_reporting_integration_callbacks,
+    )
+
+    usable = []
+    for name in get_available_reporting_integrations():
+        try:
+            if name in asked or "all" in asked:
+                get_reporting_integration_callbacks(name)[0]()
+            usable.append(name)
+        except Exception as error:  # whatever a package throws when it is imported
+            logger.warning("%s cannot be used: %s: %s", name, type(error).__name__, error)
+    return tuple(usable)
 
 
 def runs_on_accelerator(arguments: Mapping[str, Any]) -> bool:

@@ -222,7 +222,9 @@ def start(config: TrainingConfig) -> TrainingArguments:
     on_accelerator = distributed.runs_on_accelerator(config.trainer_arguments)
     wanted = apply_preset(config, on_accelerator=on_accelerator)
     fitted, notes = distributed.fit_to_device(
-        wanted, on_accelerator=on_accelerator, available_reporters=distributed.available_reporters()
+        wanted,
+        on_accelerator=on_accelerator,
+        available_reporters=distributed.available_reporters(distributed.reporter_names(wanted.get("report_to"))),
     )
     for note in notes:
         logger.warning(note)
@@ -258,6 +260,7 @@ def apply_preset(config: TrainingConfig, *, on_accelerator: bool) -> dict[str, A
         on_accelerator=on_accelerator,
         has_bf16=on_accelerator and distributed.accelerator_has_bf16(),
         world_size=distributed.world_size(),
+        cores_per_rank=distributed.cores_per_rank(),
     )
     logger.info(describe_use(config.preset, notes))
     return fitted

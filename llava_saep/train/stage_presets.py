@@ -138,7 +138,13 @@ def use_preset(stage: Stage, given: Collection[str]) -> PresetUse:
 
 
 def fit_preset(
-    arguments: Mapping[str, Any], use: PresetUse, *, on_accelerator: bool, has_bf16: bool, world_size: int
+    arguments: Mapping[str, Any],
+    use: PresetUse,
+    *,
+    on_accelerator: bool,
+    has_bf16: bool,
+    world_size: int,
+    cores_per_rank: int,
 ) -> tuple[dict[str, Any], list[str]]:
     """Take back what a preset set and this machine does not have, and accumulate micro-batches to the recipe's batch.
 
@@ -146,6 +152,7 @@ def fit_preset(
         arguments: for transformers.TrainingArguments.
         has_bf16: the accelerator computes in bfloat16 (and with it in TF32).
         world_size: processes that train together.
+        cores_per_rank: processor cores for each of them.
     Returns:
         the arguments that fit, and a sentence on each difference to the recipe.
     """
@@ -156,6 +163,9 @@ def fit_preset(
             notes.append(f"without {name} ({where})")
     if "deepspeed" in use.values and not on_accelerator and world_size == 1 and fitted.pop("deepspeed", None):
         notes.append("without DeepSpeed (one process without an accelerator has nothing to split)")
+    if "dataloader_num_workers" in use.values and fitted["dataloader_num_workers"] > cores_per_rank:
+        fitted["dataloader_num_workers"] = cores_per_rank
+        notes.append(f"{cores_per_rank} data loader worker(s) per process, one per core")
     if use.accumulates:
         per_pass = fitted.get("per_device_train_batch_size", TrainingArguments.per_device_train_batch_size) * world_size
         steps = max(1, round(use.preset.batch_size / per_pass))

@@ -263,7 +263,7 @@ def render(summary: TrainingSummary) -> str:
 
 
 def _line(name: str, text: str) -> str:
-    return f"{name:<16}{text}"
+    return f"{name:<18}{text}"
 
 
 def _run_lines(summary: TrainingSummary) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 
 from llava_saep.errors import UserError
 from llava_saep.train import distributed
-from llava_saep.train.distributed import find_stale_jit_locks, fit_to_device
+from llava_saep.train.distributed import available_reporters, find_stale_jit_locks, fit_to_device
 
 
 def test_cpu_run_is_told_so_and_leaves_out_what_is_of_gpus():
@@ -38,6 +38,23 @@ def test_missing_reporter_is_left_out_with_a_note():
     fitted, notes = fit_to_device({"report_to": "wandb"}, on_accelerator=False, available_reporters=("tensorboard",))
     assert fitted["report_to"] == "none"
     assert "--report_to wandb is ignored" in notes[0]
+
+
+def test_several_reporters_are_named_with_commas():
+    both = fit_to_device({"report_to": "wandb,trackio"}, on_accelerator=False, available_reporters=("trackio",))
+    assert both[0]["report_to"] == ["trackio"] and len(both[1]) == 1
+    everything = fit_to_device({"report_to": "all"}, on_accelerator=False, available_reporters=("trackio", "wandb"))
+    assert everything == ({**everything[0], "report_to": ["trackio", "wandb"]}, [])
+
+
+def test_reporter_that_cannot_be_imported_is_no_crash(monkeypatch, caplog, tmp_path):
+    (tmp_path / "trackio.py").write_text("raise ImportError('no module named pandas')")
+    monkeypatch.syspath_prepend(tmp_path)
+    loggers = logging.getLogger("llava_saep")
+    monkeypatch.setattr(loggers, "propagate", True)
+    with caplog.at_level(logging.WARNING, "llava_saep"):
+        assert "trackio" not in available_reporters(["trackio"])
+    assert "trackio cannot be used: ImportError: no module named pandas" in caplog.text
 
 
 def test_other_ranks_log_errors_alone(monkeypatch, capsys):

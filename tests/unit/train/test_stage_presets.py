@@ -10,7 +10,7 @@ REQUIRED = "--model_name_or_path lm --data_path data.json --output_dir out".spli
 
 def fit(*flags, **machine):
     config = parse_arguments([*REQUIRED, *flags]).training
-    machine = {"on_accelerator": True, "has_bf16": True, "world_size": 8, **machine}
+    machine = {"on_accelerator": True, "has_bf16": True, "world_size": 8, "cores_per_rank": 16, **machine}
     fitted, notes = fit_preset(config.trainer_arguments, config.preset, **machine)
     return fitted, describe_use(config.preset, notes)
 
@@ -41,7 +41,8 @@ def test_ones_own_batch_is_kept():
 
 
 def test_a_laptop_trains_in_one_process_without_what_it_does_not_have():
-    fitted, said = fit("--stage", "pretrain", on_accelerator=False, has_bf16=False, world_size=1)
+    fitted, said = fit("--stage", "pretrain", on_accelerator=False, has_bf16=False, world_size=1, cores_per_rank=2)
+    assert fitted["dataloader_num_workers"] == 2
     assert not {"bf16", "tf32", "deepspeed"} & fitted.keys()
     assert fitted["learning_rate"] == 1e-3
     for word in ("without bf16", "without DeepSpeed", "8 micro-batches per step"):
