@@ -267,15 +267,15 @@ def stopping_ranks_of(launcher: subprocess.Popen) -> Iterator[list[int]]:
 
 
 def find_ranks(launcher_pid: int) -> list[psutil.Process]:
-    """Ranks on this machine below a launcher, with their data loaders' workers."""
-    ranks = []
+    """Ranks on this machine below a launcher, without their data loaders' workers."""
+    found = {}
     with contextlib.suppress(psutil.Error):
         for process in psutil.Process(launcher_pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 words = process.cmdline()
                 if str(TRAINING_SCRIPT) in words and not any(word.startswith("deepspeed.launcher") for word in words):
-                    ranks.append(process)
-    return ranks
+                    found[process.pid] = (process, process.ppid())
+    return [process for process, parent in found.values() if parent not in found]
 
 
 def exit_code_of(code: int, *, was_stopped: bool) -> int:

@@ -216,7 +216,7 @@ def choose_checkpoint(output_dir: Path, resume: str) -> Path | None:
     Returns:
         the checkpoint's folder; None to start from the beginning.
     Raises:
-        UserError: the path names no complete checkpoint, or there are checkpoints and none is complete.
+        UserError: the path names no complete checkpoint, or there were complete ones and all are damaged.
     """
     if resume == "never":
         return None
@@ -234,11 +234,13 @@ def choose_checkpoint(output_dir: Path, resume: str) -> Path | None:
         logger.warning("passing over %s: %s", path, reason)
     if folder is not None:
         logger.info("resuming from %s; --resume never starts anew", folder)
-    elif passed_over:
+    elif any(_read_manifest(path) is not None for path, _ in passed_over):
         raise UserError(
-            f"{output_dir} holds {len(passed_over)} checkpoint(s), none of them complete; "
+            f"{output_dir} holds {len(passed_over)} checkpoint(s), none of which can be resumed from; "
             "--resume never starts from the beginning"
         )
+    elif passed_over:
+        logger.warning("no checkpoint was ever complete in %s: starting from the beginning", output_dir)
     return folder
 
 

@@ -8,7 +8,6 @@ launcher has disappeared, since ranks whose launcher was killed would train on w
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import select
 import signal
@@ -20,11 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from transformers import TrainerCallback
-
-from llava_saep.train import distributed
-
-logger = logging.getLogger(__name__)
 
 STOPPED_EXIT_CODE = 143
 """128 + SIGTERM: what a rank ends with when it was told to stop; giving the same command again goes on."""
@@ -41,10 +35,6 @@ _LAUNCHERS = frozenset(
     )
 )
 """Programs and modules that start ranks. A shell is none: a run goes on when its terminal is closed (nohup)."""
-
-
-class RunStopped(Exception):
-    """The run was told to stop, and has."""
 
 
 # The launcher and the other ranks
@@ -124,17 +114,23 @@ class StopWatch:
             signal.signal(number, handler)
         if self._previous:
             signal.set_wakeup_fd(-1)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         os.write(self._write_end, b"\0")  # no signal has this number: the thread ends
         self._thread.join()
         os.close(self._read_end)
         os.close(self._write_end)
 
     def accept_signals(self) -> None:
-        """From now on SIGTERM and SIGUSR1 ask for a stop at the end of the step. Elsewhere than in the main thread,
-        where Python allows no handlers, they keep their effect."""
+        """Let SIGTERM and SIGUSR1 ask for a stop at the end of the step from now on.
+
+        Elsewhere than in the main thread, where Python allows no handlers, they keep their effect.
+        """
         self._is_training = True
         if threading.current_thread() is not threading.main_thread():
             return
+        # The watching thread, which is older, receives them. Data loader workers inherit this at birth: one that is
+        # just starting, before it can shield itself, would die of the signal and take the rank with it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, lambda *_: None)  # the wakeup descriptor has the number
@@ -179,42 +175,8 @@ class StopWatch:
 
 def _exit(reason: str) -> None:
     """End this process from a thread, whatever the main thread waits for."""
-    print(f"rank {distributed.rank()} ends: {reason}", file=sys.stderr, flush=True)
+    print(f"rank {os.environ.get('RANK', '0')} ends: {reason}", file=sys.stderr, flush=True)
     os._exit(STOPPED_EXIT_CODE)
-
-
-class StopCallback(TrainerCallback):
-    """Ends training after the step in which any rank was told to stop, with a checkpoint.
-
-    Args:
-        watch: this rank's.
-        device: where the ranks' flags are compared; an accelerator's process group takes no others.
-    """
-
-    def __init__(self, watch: StopWatch, device: Any) -> None:
-        self.watch = watch
-        self.device = device
-        self.has_stopped = False
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Agree with the other ranks; after the last step there is nothing left to stop."""
-        if (
-            distributed.is_true_anywhere(self.watch.reason is not None, self.device)
-            and state.global_step < state.max_steps
-        ):
-            self.has_stopped = control.should_save = control.should_training_stop = True
-
-    def on_save(self, args, state, control, **kwargs):
-        """Say what was done, before the launcher ends this process."""
-        if self.has_stopped:
-            self.watch.end()
-            logger.warning(
-                "stopped after step %d of %d because of %s; the checkpoint is complete, and the same command goes on "
-                "from it",
-                state.global_step,
-                state.max_steps,
-                self.watch.reason or "another rank's signal",
-            )
 
 
 # Data loader workers

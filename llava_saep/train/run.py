@@ -47,12 +47,13 @@ from llava_saep.model.vocabulary import START_END_TOKENS, add_special_tokens, ch
 from llava_saep.train import checkpointing, distributed, universal
 from llava_saep.train.attention import check_attention, choose_attention, library_attention
 from llava_saep.train.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
-from llava_saep.train.interruption import RunStopped, StopCallback, StopWatch
+from llava_saep.train.interruption import StopWatch
 from llava_saep.train.lora import add_lora
 from llava_saep.train.loss_guard import NonFiniteLossError
 from llava_saep.train.progress import show_progress_of
 from llava_saep.train.reporting import guard_reporters
 from llava_saep.train.stage_presets import describe_use, fit_preset
+from llava_saep.train.stopping import RunStopped, StopCallback
 from llava_saep.train.summary import summarized
 from llava_saep.train.trainable import set_trainable, trainable_table
 from llava_saep.train.trainer import LlavaTrainer, order_seed

@@ -38,8 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     distributed.configure_logging()
     distributed.quieten_libraries()
     from llava_saep.arguments import parse_arguments
-    from llava_saep.train.interruption import STOPPED_EXIT_CODE, RunStopped
+    from llava_saep.train.interruption import STOPPED_EXIT_CODE
     from llava_saep.train.run import RankError, train
+    from llava_saep.train.stopping import RunStopped
 
     try:
         train(parse_arguments(argv))

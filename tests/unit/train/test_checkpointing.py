@@ -98,10 +98,19 @@ def test_auto_starts_from_the_beginning_where_there_is_nothing(tmp_path):
     assert choose_checkpoint(tmp_path, "auto") is None
 
 
-def test_auto_does_not_start_anew_silently_when_every_checkpoint_is_torn(tmp_path):
+def test_auto_does_not_start_anew_where_a_complete_checkpoint_was_damaged(tmp_path):
     make_checkpoint(tmp_path, 4, finished=False)
-    with pytest.raises(UserError, match="none of them complete"):
+    (make_checkpoint(tmp_path, 2) / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="holds 2 checkpoint.*--resume never"):
         choose_checkpoint(tmp_path, "auto")
+
+
+def test_run_killed_during_its_first_save_starts_again_and_says_so(tmp_path, caplog):
+    """A job that a scheduler puts back into its queue has nobody to say --resume never."""
+    make_checkpoint(tmp_path, 2, finished=False)
+    with caplog.at_level(logging.WARNING):
+        assert choose_checkpoint(tmp_path, "auto") is None
+    assert "starting from the beginning" in caplog.text
 
 
 def test_never_ignores_what_is_there(tmp_path):
