@@ -25,10 +25,10 @@ from llava_saep.data.ledger import DataAccount
 from llava_saep.provenance import commit, versions
 from llava_saep.train import checkpointing, distributed
 from llava_saep.train.config import RunConfig
-from llava_saep.train.interruption import RunStopped
 from llava_saep.train.loss_guard import NonFiniteLossError
 from llava_saep.train.memory import peak_memory_bytes
 from llava_saep.train.progress import describe_seconds
+from llava_saep.train.stopping import RunStopped
 from llava_saep.train.trainable import PartCount, count_parameters
 from llava_saep.train.trainer import LlavaTrainer
 
