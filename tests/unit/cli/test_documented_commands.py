@@ -13,8 +13,9 @@ ROOT = Path(__file__).parents[3]
 EXAMPLE = ROOT / "playground" / "examples" / "blur_projector.py"
 
 
-def test_training_commands_of_the_readme_parse():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["README.md", "docs/running.md"])
+def test_training_commands_of_a_page_parse(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
     blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
     commands = " ".join(blocks).replace("\\\n", " ").splitlines()
     training = [command.split() for command in commands if "--data_path" in command]
@@ -51,6 +52,7 @@ PAGES = (
     "CONTRIBUTING.md",
     "docs/architecture.md",
     "docs/coming_from_llava.md",
+    "docs/running.md",
     "playground/recipes/README.md",
 )
 
