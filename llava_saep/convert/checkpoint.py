@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llava_saep.errors import UserError
 from llava_saep.model.formats import Format, build_foreign_processor, detect_format, inspect_foreign_folder
+from llava_saep.model.hub import local_folder
 from llava_saep.model.llava_format import LlavaFolder
 from llava_saep.model.loading import inspect_folder, load_model, load_processor
 from llava_saep.model.modeling_llava_saep import LlavaSaepForConditionalGeneration
@@ -88,12 +89,14 @@ def load_checkpoint(source: Source) -> Checkpoint:
         if found == "own":
             saved = inspect_folder(source.folder)
             processor = load_processor(source.folder)
-            dtype = source.dtype or stored_dtype(source.folder if saved.kind == "full" else _base_of(saved.config))
+            base = source.folder if saved.kind == "full" else saved.config.language_model_name_or_path
+            dtype = source.dtype or stored_dtype(base)
         else:
             saved = inspect_foreign_folder(source.folder, **source.parts)
             processor = build_foreign_processor(saved, conversation_template=source.conversation_template)
             base = saved.base if isinstance(saved, LlavaFolder) and saved.base else source.folder
-            dtype = source.dtype or stored_dtype(base) or saved.config.dtype or torch.float32
+            dtype = source.dtype or stored_dtype(base) or saved.config.dtype
+        dtype = dtype or torch.float32
         merges = saved.kind == "lora"
         model = load_model(source.folder, dtype=torch.float32 if merges else dtype, **source.parts)
     if found == "own" and source.conversation_template not in (None, processor.conversation_template):
@@ -106,17 +109,14 @@ def load_checkpoint(source: Source) -> Checkpoint:
     return Checkpoint(model, processor)
 
 
-def _base_of(config) -> str:
-    return config.language_model_name_or_path or ""
-
-
-def stored_dtype(folder: str | Path) -> torch.dtype | None:
-    """Return the dtype of most of a model's values; None where the folder holds no whole model.
+def stored_dtype(name_or_path: str | Path | None) -> torch.dtype | None:
+    """Return the dtype of most of a model's values; None where there is no whole model.
 
     Several dtypes in one model become one, with a warning that names them.
     """
     counts: dict[torch.dtype, int] = {}
-    for file in find_full_weights(Path(folder)) if Path(folder).is_dir() else []:
+    folder = None if name_or_path is None else local_folder(name_or_path)
+    for file in find_full_weights(folder) if folder is not None and folder.is_dir() else []:
         for dtype, num_values in _dtypes(file):
             if dtype.is_floating_point:
                 counts[dtype] = counts.get(dtype, 0) + num_values

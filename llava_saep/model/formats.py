@@ -129,19 +129,26 @@ def load_foreign_model(
 
 def _generation_config(folder: LlavaFolder | HfFolder) -> GenerationConfig | None:
     """How a folder's model, or the base of its projector or adapter, is to generate; not all say."""
-    base = getattr(folder, "base", None)
-    for path in (folder.path, Path(base) if base else folder.path):
-        if (path / "generation_config.json").is_file():
-            found = GenerationConfig.from_pretrained(path)
-            # What was written here for llava-hf suppresses rows that are taken out again.
-            rows = folder.config.text_config.vocab_size
-            found.suppress_tokens = [token for token in found.suppress_tokens or () if token < rows] or None
-            found.max_length = GenerationConfig().max_length  # the context's, of which every call would complain
-            if not found.do_sample:
-                # Vicuna's file sets them all the same, and such a file cannot be written today.
-                found.temperature = found.top_p = found.top_k = None
-            return found
-    return None
+    found = _read_generation_config(str(folder.path))
+    if found is None and isinstance(folder, LlavaFolder) and folder.base is not None:
+        found = _read_generation_config(folder.base)
+    if found is None:
+        return None
+    # What was written here for llava-hf suppresses rows that are taken out again.
+    rows = folder.config.text_config.vocab_size
+    found.suppress_tokens = [token for token in found.suppress_tokens or () if token < rows] or None
+    found.max_length = GenerationConfig().max_length  # the context's, of which every call would complain
+    if not found.do_sample:
+        # Vicuna's file sets them all the same, and such a file cannot be written today.
+        found.temperature = found.top_p = found.top_k = None
+    return found
+
+
+def _read_generation_config(name_or_path: str) -> GenerationConfig | None:
+    try:
+        return GenerationConfig.from_pretrained(name_or_path)
+    except OSError:  # there is no such file, here or on the hub
+        return None
 
 
 def check_weights(config: LlavaSaepConfig, weights: dict[str, Tensor], source: str) -> None:

@@ -24,6 +24,7 @@ from llava_saep.data.images import parse_grid_pinpoints
 from llava_saep.errors import UserError
 from llava_saep.model.combined_towers import split_tower_names
 from llava_saep.model.configuration_llava_saep import LlavaSaepConfig
+from llava_saep.model.hub import local_folder, read_config_fields
 from llava_saep.model.parts import build_tokenizer, language_model_weights, loading_whole, tower_weights
 from llava_saep.model.projector_selection import remember_selection, selection_from_config
 from llava_saep.model.reading import (
@@ -221,14 +222,19 @@ def _first_file(folder: Path, names: tuple[str, ...]) -> Path | None:
 
 def _find_base(path: Path, fields: Mapping[str, Any], kind: Kind, model_base: str | None) -> str:
     adapter = read_json_object(path / "adapter_config.json") if kind == "lora" else {}
-    named = model_base or adapter.get("base_model_name_or_path") or fields.get("_name_or_path")
+    named = str(model_base or adapter.get("base_model_name_or_path") or fields.get("_name_or_path") or "")
     if not named:
         what = "a LoRA adapter" if kind == "lora" else "projector weights"
         raise UserError(
             f"{path} holds {what} and does not say of which language model; name it with --model_base, "
             "which `llava-saep chat`, `convert` and load_pretrained_model take"
         )
-    return _beside(path, str(named)) or str(named)
+    base = _beside(path, named) or named
+    if read_config_fields(base) is None:
+        whose = "is named as the base" if model_base else f"that the files of {path} name as its base"
+        advice = "expected a folder with a config.json" if model_base else "name the one that has it with --model_base"
+        raise UserError(f"the language model {named!r} {whose} is no folder here, nor to be had from the hub; {advice}")
+    return base
 
 
 def _find_tower(path: Path, fields: Mapping[str, Any], vision_tower: str | None, fallback: str | None = None) -> str:
@@ -382,9 +388,8 @@ def _strip_peft(name: str) -> str:
 
 
 def _base_tensors(folder: LlavaFolder, dtype: torch.dtype) -> dict[str, Tensor]:
-    base = Path(folder.base)
-    if (base / "config.json").is_file() and is_llava_config(read_json_object(base / "config.json")):
-        return read_full_weights(base)
+    if is_llava_config(read_config_fields(folder.base) or {}):  # what finetune_task_lora.sh starts from
+        return read_full_weights(local_folder(folder.base))
     with loading_whole():
         weights = language_model_weights(folder.base, folder.config.text_config, dtype)
     return {name.replace("model.language_model.", "model.", 1): tensor for name, tensor in weights.items()}

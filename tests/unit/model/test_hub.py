@@ -1,10 +1,13 @@
 """Models that are named as on the hub, found in a cache as huggingface_hub lays it out; the network is not used."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from llava_saep.convert.checkpoint import Source, load_checkpoint, stored_dtype
 from llava_saep.errors import UserError
 from llava_saep.generation import Predictor
 from llava_saep.model.formats import read_base_config
@@ -38,6 +41,32 @@ def test_model_of_the_hub_loads_by_its_name(cache):
 def test_training_can_start_from_a_llava_of_the_hub(cache):
     """scripts/v1_5/finetune_task.sh names liuhaotian/llava-v1.5-13b."""
     assert read_base_config(NAME, "--model_name_or_path").projector["name"] == "mlp"
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """An adapter in LLaVA's format, whose base is a LLaVA of the hub: what finetune_task_lora.sh writes."""
+    folder = shutil.copytree(CHECKPOINTS / "llava_tiny_lora", tmp_path / "adapter")
+    shutil.copytree(CHECKPOINTS / "clip_tiny", tmp_path / "clip_tiny")
+    fields = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": NAME}
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    return folder
+
+
+def test_adapter_of_llava_finds_its_llava_on_the_hub(cache, adapter):
+    found = load_checkpoint(Source(folder=adapter)).model
+    expected = load_checkpoint(Source(folder=adapter, model_base=str(CHECKPOINTS / "llava_tiny_v15"))).model
+    assert found.dtype == expected.dtype == stored_dtype(NAME) == torch.float16
+    assert found.generation_config.to_dict() == expected.generation_config.to_dict()
+    stored = expected.state_dict()
+    assert all(tensor.equal(stored[name]) for name, tensor in found.state_dict().items())
+
+
+def test_base_that_is_not_to_be_had_is_named(cache, adapter, tmp_path):
+    with hub_cache(str(tmp_path / "empty")), pytest.raises(UserError, match=f"'{NAME}' that .* with --model_base"):
+        load_model(adapter)
+    with pytest.raises(UserError, match="'./gone' is named as the base is no folder here.*; expected a folder"):
+        load_model(adapter, model_base="./gone")
 
 
 def test_only_inside_the_block_is_the_cache_another(cache, tmp_path):
