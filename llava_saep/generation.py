@@ -19,7 +19,7 @@ from llava_saep.data.templates import AnyTemplate, conversation_template, is_sam
 from llava_saep.data.tokenization import encode_prompt
 from llava_saep.errors import UserError
 from llava_saep.model.hub import local_folder
-from llava_saep.model.loading import base_to_name, inspect_folder, load_model, load_processor
+from llava_saep.model.loading import inspect_folder, load_model, load_processor
 from llava_saep.model.modeling_llava_saep import LlavaSaepForConditionalGeneration
 from llava_saep.model.processing_llava_saep import LlavaSaepProcessor, pad_rows
 from llava_saep.model.quantization import QuantizationConfig
@@ -134,7 +134,7 @@ class Predictor:
             device: None: the first GPU where there is one, else the CPU.
             dtype: None: bfloat16 on a GPU, float32 on the CPU.
             trust_projector_code, quantization: as in `load_model`.
-            model_base: as in `load_model`; one of our own folders may be given its own base.
+            model_base: as in `load_model`.
             template: as for the class.
         Raises:
             UserError, ProjectorError: the device does not exist here; else see `load_model`.
@@ -142,7 +142,6 @@ class Predictor:
         device = _usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         folder = local_folder(folder)
-        model_base = base_to_name(folder, model_base)
         inspect_folder(folder, model_base=model_base)  # its message says more than that of a missing processor
         parts = {"model_base": model_base, "trust_projector_code": trust_projector_code}
         processor = load_processor(folder, **parts)

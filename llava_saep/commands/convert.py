@@ -116,12 +116,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_part_flags(result: argparse.ArgumentParser) -> None:
-    group = result.add_argument_group("what a folder of the original LLaVA does not say, or says wrongly")
+    group = result.add_argument_group("what a folder does not say, or says wrongly")
     group.add_argument(
-        "--model_base", "--model-base", help="language model of a projector or adapter (folder or hub name)"
+        "--model_base",
+        "--model-base",
+        help="language model of a projector or adapter (folder or hub name); of ours, where it has moved",
     )
     group.add_argument(
-        "--vision_tower", "--vision-tower", help="folder or hub name, in place of the config's mm_vision_tower"
+        "--vision_tower",
+        "--vision-tower",
+        help="folder or hub name, in place of the config's mm_vision_tower; of ours, where it has moved",
     )
     group.add_argument("--mm_projector_type", "--mm-projector-type", help="in place of the config's")
     group.add_argument("--mm_projector_options", "--mm-projector-options", help="its options, as in training")

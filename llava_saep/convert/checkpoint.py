@@ -87,7 +87,7 @@ def load_checkpoint(source: Source) -> Checkpoint:
     found = check_format(source)
     with trusting_projector_code(source.trust_projector_code):
         if found == "own":
-            saved = inspect_folder(source.folder)
+            saved = inspect_folder(source.folder, **source.parts)
             processor = load_processor(source.folder)
             base = source.folder if saved.kind == "full" else saved.config.language_model_name_or_path
             dtype = source.dtype or stored_dtype(base)

@@ -37,7 +37,9 @@ def build_parser(name: str = NAME, max_new_tokens: int = MAX_NEW_TOKENS) -> argp
     """Return the parser; flags and defaults are LLaVA's."""
     parser = AbbreviatingParser(prog=name, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_flag("model-path", required=True, help="folder or hub name")
-    parser.add_flag("model-base", help="language model of a projector or adapter in LLaVA's format")
+    parser.add_flag(
+        "model-base", help="language model of a projector or adapter, where that is not known, or has moved"
+    )
     parser.add_flag("image-folder", default="", help="folder that the questions' images are relative to")
     parser.add_flag("question-file", default="tables/question.jsonl", help="default: %(default)s")
     parser.add_flag("answers-file", default="answer.jsonl", help="default: %(default)s")

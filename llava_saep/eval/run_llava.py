@@ -23,7 +23,9 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser; flags and defaults are LLaVA's."""
     parser = AbbreviatingParser(prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_flag("model-path", required=True, help="folder or hub name")
-    parser.add_flag("model-base", help="language model of a projector or adapter in LLaVA's format")
+    parser.add_flag(
+        "model-base", help="language model of a projector or adapter, where that is not known, or has moved"
+    )
     parser.add_flag("image-file", required=True, help="paths or http addresses, with --sep between them")
     parser.add_flag("query", required=True, help="the question")
     parser.add_flag("conv-mode", help="conversation template (default: the one that the model was trained with)")

@@ -11,7 +11,7 @@ from llava_saep.errors import UserError
 from llava_saep.model.formats import build_foreign_processor, detect_format, inspect_foreign_folder
 from llava_saep.model.hub import local_folder
 from llava_saep.model.llava_format import LlavaFolder
-from llava_saep.model.loading import base_to_name, load_model, load_processor
+from llava_saep.model.loading import load_model, load_processor
 from llava_saep.model.modeling_llava_saep import LlavaSaepForConditionalGeneration
 from llava_saep.model.quantization import QuantizationConfig
 
@@ -37,7 +37,7 @@ def load_pretrained_model(
     Args:
         model_path: folder or hub name of a whole model, of stage 1's projector, or of a LoRA adapter, in LLaVA's
             format, llava-hf's or ours.
-        model_base: language model of a projector or adapter in LLaVA's format, where its config does not name it.
+        model_base: language model of a projector or adapter, where its config does not name it or it has moved.
         model_name: not used: what a folder holds is decided from its files.
         load_8bit, load_4bit: round the language model's linear layers, and nothing else; needs bitsandbytes.
         device_map: {"": device}, or "auto": the whole model is on one device.
@@ -59,7 +59,7 @@ def load_pretrained_model(
     if unknown:
         raise UserError(f"load_pretrained_model does not know {', '.join(sorted(unknown))}")
     model_path = str(local_folder(model_path))
-    base = base_to_name(model_path, model_base or None)
+    base = model_base or None
     model = load_model(model_path, dtype=dtype, device=device, model_base=base, quantization=quantization, **kwargs)
     processor, stored_length = _processor(model_path, base, kwargs)
     model.config.image_aspect_ratio = processor.image_aspect_ratio

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llava_saep.data.images import GridPinpoints
 from llava_saep.errors import UserError
+from llava_saep.model.combined_towers import split_tower_names
 from llava_saep.model.configuration_llava_saep import LlavaSaepConfig
 from llava_saep.model.formats import (
     build_foreign_processor,
@@ -24,7 +25,7 @@ from llava_saep.model.formats import (
     refuse_parts,
 )
 from llava_saep.model.hf_format import HfFolder
-from llava_saep.model.hub import local_folder
+from llava_saep.model.hub import local_folder, read_config_fields
 from llava_saep.model.llava_format import LlavaFolder
 from llava_saep.model.modeling_llava_saep import LlavaSaepForConditionalGeneration, newline_std
 from llava_saep.model.parts import build_tokenizer, language_model_weights, loading_whole, tower_weights
@@ -423,43 +424,67 @@ class SavedFolder:
     config: LlavaSaepConfig
 
 
-def inspect_folder(folder: str | Path, *, model_base: str | None = None) -> SavedFolder | LlavaFolder | HfFolder:
+def inspect_folder(
+    folder: str | Path,
+    *,
+    model_base: str | None = None,
+    vision_tower: str | None = None,
+    projector: ProjectorSelection | None = None,
+) -> SavedFolder | LlavaFolder | HfFolder:
     """Decide from files and config what a saved folder is.
 
     Args:
-        model_base: language model of a projector or adapter in LLaVA's format, where its config does not name it.
+        model_base, vision_tower: what a projector or adapter belongs to. One of ours says so itself, and is told only
+            where that has moved.
+        projector: as in `inspect_llava_folder`.
     Raises:
-        UserError: no folder, no config of a model that loads here, or no weights.
+        UserError: no folder, no config of a model that loads here, no weights, or a part that the folder says itself.
     """
     path = Path(folder)
     if detect_format(path) != "own":
-        return inspect_foreign_folder(path, model_base=model_base)
+        return inspect_foreign_folder(path, model_base=model_base, vision_tower=vision_tower, projector=projector)
     try:
         config = LlavaSaepConfig.from_pretrained(path)
     except UNREADABLE_CONFIG as error:
         raise UserError(f"{path}/config.json is not a consistent config: {error}") from error
+    kind = _own_kind(path)
+    if kind == "full":
+        refuse_parts(path, model_base, vision_tower, projector)
+        return SavedFolder(path, kind, config)
+    refuse_parts(path, None, None, projector)
+    config.language_model_name_or_path = _moved_part(path, config.language_model_name_or_path, model_base)
+    config.vision_tower_name_or_path = _moved_part(path, config.vision_tower_name_or_path, vision_tower)
+    return SavedFolder(path, kind, config)
+
+
+def _own_kind(path: Path) -> str:
     if (path / "adapter_config.json").is_file():
-        return SavedFolder(path, "lora", config)
+        return "lora"
     if any((path / name).is_file() for name in FULL_WEIGHTS_NAMES):
-        return SavedFolder(path, "full", config)
+        return "full"
     if any((path / name).is_file() for name in PROJECTOR_WEIGHTS_NAMES):
-        return SavedFolder(path, "projector", config)
+        return "projector"
     expected = ", ".join((FULL_WEIGHTS_NAMES[0], PROJECTOR_WEIGHTS_NAME, "adapter_config.json"))
     raise UserError(f"{path} has a config.json but no weights: expected one of {expected}")
 
 
-def base_to_name(folder: str | Path, model_base: str | None) -> str | None:
-    """Return the base that `load_model` has to be told of: our own folders say themselves what they belong to.
+def _moved_part(folder: Path, recorded: str | None, given: str | None) -> str | None:
+    """Return the place of a pretrained part: the one that was recorded, or the one given where that is gone.
 
     Raises:
-        UserError: one of them is given another base than its own.
+        UserError: the recorded one is there, and another one.
     """
-    if model_base is None or detect_format(folder) != "own":
-        return model_base
-    recorded = inspect_folder(folder).config.language_model_name_or_path
-    if recorded != model_base and (recorded is None or Path(recorded).resolve() != Path(model_base).resolve()):
-        raise UserError(f"{folder} belongs to {recorded!r}, as its config.json says, and not to {model_base!r}")
-    return None
+    if given is None or (recorded is not None and Path(recorded).resolve() == Path(given).resolve()):
+        return recorded
+    if recorded is not None and _can_be_read(recorded):
+        raise UserError(f"{folder} belongs to {recorded!r}, as its config.json says, and not to {given!r}")
+    logger.warning("%s: %r that its config.json names cannot be read here; %s takes its place", folder, recorded, given)
+    return given
+
+
+def _can_be_read(names: str) -> bool:
+    """Whether a pretrained part, or each of several towers, has a config here or on the hub."""
+    return all(read_config_fields(name) is not None for name in split_tower_names(names))
 
 
 def load_model(
@@ -482,8 +507,8 @@ def load_model(
 
     Args:
         folder: or the name of a model on the hub.
-        model_base, vision_tower, projector: for a folder of the original LLaVA, in place of what its config says; see
-            `inspect_llava_folder`.
+        model_base, vision_tower, projector: for a folder of the original LLaVA, in place of what its config says, see
+            `inspect_llava_folder`; of ours, see `inspect_folder`.
         trust_projector_code: permit the config to import a projector from outside this package. None: as
             `trusting_projector_code` around the call says, and else not.
         fallback_tower: for a folder of the original LLaVA, see `inspect_llava_folder`.
@@ -499,8 +524,7 @@ def load_model(
             foreign = inspect_foreign_folder(folder, **parts, fallback_tower=fallback_tower)
             model = load_foreign_model(foreign, dtype, **kwargs)
         else:
-            refuse_parts(folder, **parts)
-            saved = inspect_folder(folder)
+            saved = inspect_folder(folder, **parts)
             model = (_load_full if saved.kind == "full" else _load_on_bases)(saved, dtype, **kwargs)
     if quantization is not None:
         quantize_language_model(model, quantization, compute_dtype=dtype, device=device)
@@ -534,12 +558,15 @@ def _load_full(saved: SavedFolder, dtype: torch.dtype, **kwargs) -> LlavaSaepFor
 
 def _load_on_bases(saved: SavedFolder, dtype: torch.dtype, **kwargs) -> LlavaSaepForConditionalGeneration:
     config = saved.config
-    for path, flag in (
-        (config.language_model_name_or_path, "language_model_name_or_path"),
-        (config.vision_tower_name_or_path, "vision_tower_name_or_path"),
+    for path, field, flag in (
+        (config.language_model_name_or_path, "language_model_name_or_path", "--model_base"),
+        (config.vision_tower_name_or_path, "vision_tower_name_or_path", "--vision_tower"),
     ):
-        if path is None:
-            raise UserError(f"{saved.path}/config.json has no {flag}, so its base cannot be found")
+        if path is None or not _can_be_read(path):
+            raise UserError(
+                f"{saved.path}/config.json says {field}: {path!r}, which is no folder here, nor to be had from the "
+                f"hub; name the folder or hub name that has it with {flag}"
+            )
     model = build_model(
         language_model=config.language_model_name_or_path,
         vision_tower=config.vision_tower_name_or_path,

@@ -163,7 +163,9 @@ def build_parser(prog: str = "llava-saep chat") -> argparse.ArgumentParser:
     """Return the parser; its flags carry LLaVA's names."""
     parser = AbbreviatingParser(prog=prog, description=__doc__)
     parser.add_flag("model-path", required=True, help="folder that training wrote (--output_dir), or hub name")
-    parser.add_flag("model-base", help="language model of a projector or adapter in LLaVA's format")
+    parser.add_flag(
+        "model-base", help="language model of a projector or adapter, where that is not known, or has moved"
+    )
     parser.add_flag("image-file", nargs="+", default=[], help="images for the first question: paths or addresses")
     parser.add_flag("query", help="ask this one question and exit")
     parser.add_flag("conv-mode", help="conversation template (default: the one that the model was trained with)")

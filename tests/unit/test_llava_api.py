@@ -172,11 +172,11 @@ def test_what_is_not_supported_is_refused(kwargs, message):
         )
 
 
-def test_own_folder_loads_too_and_refuses_another_base(own_folder, loaded):
+def test_own_folder_loads_too_and_refuses_a_base(own_folder, loaded):
     tokenizer, model, _, _ = llava_saep.load_pretrained_model(str(own_folder), None, "any", device="cpu")
     assert model.config.image_aspect_ratio == "pad"
     assert tokenizer("USER: Hi").input_ids == loaded[0]("USER: Hi").input_ids
-    with pytest.raises(UserError, match="and not to 'vicuna'"):
+    with pytest.raises(UserError, match="says itself what it is made of; leave model_base out"):
         llava_saep.load_pretrained_model(str(own_folder), "vicuna", "any", device="cpu")
 
 

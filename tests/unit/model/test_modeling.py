@@ -193,6 +193,28 @@ def test_stage_one_folder_is_completed_from_the_bases_in_its_config(bases, token
         assert torch.equal(loaded(**batch).logits, model(**batch).logits)
 
 
+def test_stage_one_folder_is_told_where_its_bases_have_moved(bases, tokenizer, tmp_path, caplog):
+    """A run on one machine, its output read on another."""
+    model = build(bases, tokenizer).eval()
+    save_projector_weights(tmp_path, model.state_dict(), model.config)
+    parts = {"model_base": str(bases.language_model), "vision_tower": str(bases.vision_tower)}
+    load_model(tmp_path, **parts)  # what it says itself
+    shutil.copytree(bases.language_model, tmp_path / "other")
+    with pytest.raises(UserError, match="belongs to '.*language_model', .* not to '.*other'"):
+        load_model(tmp_path, **parts | {"model_base": str(tmp_path / "other")})
+    fields = json.loads((tmp_path / "config.json").read_text())
+    gone = {"language_model_name_or_path": "/gone/vicuna", "vision_tower_name_or_path": "/gone/clip"}
+    (tmp_path / "config.json").write_text(json.dumps(fields | gone))
+    with pytest.raises(UserError, match="'/gone/vicuna', which is no folder .* with --model_base"):
+        load_model(tmp_path, vision_tower=parts["vision_tower"])
+    with pytest.raises(UserError, match="'/gone/clip', which is no folder .* with --vision_tower"):
+        load_model(tmp_path, model_base=parts["model_base"])
+    batch = make_batch(model)
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path, **parts)(**batch).logits, model(**batch).logits)
+    assert "'/gone/vicuna' that its config.json names cannot be read here" in caplog.text
+
+
 def test_projector_weights_are_taken_up_by_the_next_stage(bases, tokenizer, tmp_path):
     model = build(bases, tokenizer)
     with torch.no_grad():
