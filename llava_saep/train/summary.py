@@ -153,14 +153,26 @@ def summarized(trainer: LlavaTrainer, config: RunConfig) -> Iterator[None]:
     trainer.add_callback(clock)
     try:
         yield
-    except (RunStopped, NonFiniteLossError) as error:
-        reason = str(error) or "it was told to stop"
-        _conclude(trainer, config, clock, f"stopped: {reason}", is_together=True)
+    except NonFiniteLossError as error:
+        _conclude(trainer, config, clock, f"stopped: {error}", is_together=True)
+        raise
+    except RunStopped:
+        # The launcher may have ended other ranks by now.
+        _conclude(trainer, config, clock, "stopped: it was told to stop", is_together=False)
         raise
     except BaseException as error:
-        _conclude(trainer, config, clock, f"failed: {type(error).__name__}: {error}", is_together=False)
+        _conclude_failure(trainer, config, clock, error)
         raise
     _conclude(trainer, config, clock, "finished", is_together=True)
+
+
+def _conclude_failure(trainer: LlavaTrainer, config: RunConfig, clock: RunClock, error: BaseException) -> None:
+    """Write the summary of a run that failed, without hiding why it did."""
+    first_line = (str(error).splitlines() or [""])[0]
+    try:
+        _conclude(trainer, config, clock, f"failed: {type(error).__name__}: {first_line}", is_together=False)
+    except Exception as problem:  # what is broken may be what the summary is made from
+        logger.warning("%s is not written: %s: %s", SUMMARY_NAME, type(problem).__name__, problem)
 
 
 def _conclude(trainer: LlavaTrainer, config: RunConfig, clock: RunClock, outcome: str, *, is_together: bool) -> None:

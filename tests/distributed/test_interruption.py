@@ -1,5 +1,6 @@
 """Runs that are stopped, killed, or meet a full disk: they end by themselves, damage nothing, and go on."""
 
+import json
 import os
 import signal
 
@@ -59,6 +60,8 @@ def test_signal_to_one_rank_stops_all_with_a_checkpoint_of_that_step(undisturbed
     )
     assert [result.exit_code for result in results] == [STOPPED_EXIT_CODE] * 2, results
     assert "stopped after step 3 of 4" in results[0].output
+    summary = json.loads((tmp_path / "training_summary.json").read_text())
+    assert (summary["outcome"], summary["steps"]) == ("stopped: it was told to stop", 3)
     assert "Traceback" not in results[0].output + results[1].output
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-3"]
     assert not (tmp_path / "mm_projector.safetensors").exists()
