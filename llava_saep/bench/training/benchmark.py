@@ -5,7 +5,10 @@ process builds its model when its turn comes and ends with it. A side that fails
 """
 
 import multiprocessing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from multiprocessing.connection import Connection
@@ -24,7 +27,7 @@ from llava_saep.bench.training.work import StepWork, peak_flops, step_work, util
 from llava_saep.model.vision_tower import resolve_layer
 from projectors import ProjectorConfig
 
-_SECONDS_TO_END = 20
+_SECONDS_TO_END = 10
 _LOG_LINES = 8
 
 
@@ -179,6 +182,8 @@ class TrainingBenchmark:
             for round_index, name in interleaved(list(self._results), self.num_rounds):
                 self._attempt(name, f"round {round_index + 1} of {self.num_rounds}", self._take_turn)
         finally:
+            for process in self._processes.values():
+                process.tell_to_stop()
             for name in list(self._processes):
                 self._processes.pop(name).end()
 
@@ -221,6 +226,19 @@ class TrainingBenchmark:
             self._processes.pop(name).end()
 
 
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Start processes inside the block that Ctrl-C does not reach: it is the parent's to end them and tell of it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class SideFailure(Exception):
     """A side ended without the step that it was asked for."""
 
@@ -236,7 +254,8 @@ class SideProcess:
         self._connection, other_end = context.Pipe()
         arguments = (side, workload, str(log_path), other_end)
         self._process: BaseProcess = context.Process(target=run_side, args=arguments, daemon=True)
-        self._process.start()
+        with _without_interrupts():
+            self._process.start()
         other_end.close()  # so that the end of the process is seen as the end of its messages
 
     def begin(self, batch_size: int) -> None:
@@ -261,12 +280,16 @@ class SideProcess:
             raise SideFailure(answer.reason)
         return answer
 
-    def end(self) -> None:
-        """Tell it to stop, and make sure that it has."""
+    def tell_to_stop(self) -> None:
+        """Have it end after the step that it may be in."""
         try:
             self._connection.send("stop")
         except OSError:
             pass  # gone already
+
+    def end(self) -> None:
+        """Tell it to stop, and make sure that it has."""
+        self.tell_to_stop()
         self._process.join(_SECONDS_TO_END)
         if self._process.is_alive():
             self._process.kill()

@@ -38,6 +38,9 @@ def events(monkeypatch):
                 first_loss=None,
             )
 
+        def tell_to_stop(self):
+            pass
+
         def end(self):
             happened.append(f"end {self.name}")
 
