@@ -19,11 +19,11 @@ from transformers import (
 )
 
 from llava_saep.convert.checkpoint import Checkpoint, untied_state_dict
-from llava_saep.convert.tokenizer_files import copy_sentencepiece
 from llava_saep.errors import UserError
 from llava_saep.model.combined_towers import CombinedVisionConfig
 from llava_saep.model.configuration_llava_saep import LlavaSaepConfig
 from llava_saep.model.hf_format import MODEL_CLASSES, PLACEHOLDER_ROWS, PROJECTOR_LAYERS, START_END, exchange_sides
+from llava_saep.model.parts import copy_sentencepiece
 from llava_saep.model.vision_tower import num_prefix_tokens
 from projectors.mlp import MLPConfig
 

@@ -3,11 +3,9 @@
 from pathlib import Path
 
 from llava_saep.convert.checkpoint import Checkpoint
-from llava_saep.convert.tokenizer_files import copy_sentencepiece
 
 
 def write_own(checkpoint: Checkpoint, folder: Path) -> None:
     """Write a folder that AutoModelForImageTextToText and AutoProcessor load after `import llava_saep`."""
     checkpoint.model.save_pretrained(folder)
     checkpoint.processor.save_pretrained(folder)
-    copy_sentencepiece(checkpoint.processor.tokenizer, folder)

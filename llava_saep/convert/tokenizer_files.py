@@ -4,29 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
 from tokenizers.pre_tokenizers import Metaspace
+from transformers import LlamaTokenizer
 
 from llava_saep.constants import DEFAULT_IMAGE_PATCH_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
+from llava_saep.model.parts import SENTENCEPIECE_FILE, copy_sentencepiece
 
 logger = logging.getLogger(__name__)
-
-SENTENCEPIECE_FILE = "tokenizer.model"
-
-
-def copy_sentencepiece(tokenizer: Any, folder: Path) -> bool:
-    """Put the tokenizer.model that a tokenizer was made from into a folder; say whether there is one.
-
-    transformers 5 writes tokenizer.json alone, but the original LLaVA reads tokenizer.model (use_fast=False).
-    """
-    source = getattr(tokenizer, "vocab_file", None)
-    if source is None or Path(source).name != SENTENCEPIECE_FILE or not Path(source).is_file():
-        return False
-    shutil.copyfile(source, folder / SENTENCEPIECE_FILE)
-    return True
 
 
 def save_without_placeholder(tokenizer: Any, folder: Path) -> None:
@@ -52,7 +39,7 @@ def save_without_placeholder(tokenizer: Any, folder: Path) -> None:
     if isinstance(extra, list):
         settings["extra_special_tokens"] = [name for t in extra if (name := _without_placeholder(t, stand_in))]
     _write_json(folder / "tokenizer_config.json", settings)
-    if tokenizer.init_kwargs.get("sp_model_kwargs") is not None:
+    if isinstance(tokenizer, LlamaTokenizer):
         logger.warning(
             "the tokenizer has no %s beside it, which the original LLaVA reads; copy it from the language model",
             SENTENCEPIECE_FILE,

@@ -1,8 +1,10 @@
 """The pretrained parts that a model is made of: vision tower, language model and its tokenizer."""
 
 import copy
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,6 +23,8 @@ from llava_saep.errors import UserError
 from llava_saep.model.combined_towers import CombinedVisionConfig, split_tower_names
 from llava_saep.model.reading import UNREADABLE_WEIGHTS, first_line, read_config
 from llava_saep.model.vocabulary import add_special_tokens
+
+SENTENCEPIECE_FILE = "tokenizer.model"
 
 
 @contextmanager
@@ -118,3 +122,17 @@ def complete_tokenizer(tokenizer):
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def copy_sentencepiece(tokenizer, folder: Path) -> bool:
+    """Put the tokenizer.model that a tokenizer was made from into a folder; say whether there is one.
+
+    transformers 5 writes tokenizer.json alone, but the original LLaVA reads tokenizer.model (use_fast=False).
+    """
+    source = getattr(tokenizer, "vocab_file", None)
+    if source is None or Path(source).name != SENTENCEPIECE_FILE or not Path(source).is_file():
+        return False
+    target = folder / SENTENCEPIECE_FILE
+    if not (target.exists() and target.samefile(source)):
+        shutil.copyfile(source, target)
+    return True

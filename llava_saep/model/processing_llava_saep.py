@@ -1,6 +1,7 @@
 """Processor: text and images to model inputs, tokenised and preprocessed as the training data are."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from llava_saep.data.tokenization import encode_prompt
 from llava_saep.errors import UserError
 from llava_saep.model.anyres import ImageTokens
 from llava_saep.model.configuration_llava_saep import LlavaSaepConfig
+from llava_saep.model.parts import copy_sentencepiece
 from llava_saep.model.projector_selection import selection_from_config
 from projectors import ProjectorConfig
 
@@ -111,6 +113,12 @@ class LlavaSaepProcessor(ProcessorMixin):
             image_grid_pinpoints=config.image_grid_pinpoints,
             use_im_start_end=config.mm_use_im_start_end,
         )
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> Any:
+        """Write the processor as transformers does, and beside it the tokenizer.model that LLaVA needs, if any."""
+        written = super().save_pretrained(save_directory, **kwargs)
+        copy_sentencepiece(self.tokenizer, Path(save_directory))
+        return written
 
     @property
     def projector_config(self) -> ProjectorConfig:

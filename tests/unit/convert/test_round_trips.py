@@ -71,6 +71,15 @@ def test_every_projector_comes_back_from_llavas_format_with_its_options(tmp_path
     assert_equal_models(load_model(folder), checkpoint.model)
 
 
+def test_tokenizer_that_the_original_could_not_read_is_said(tmp_path, bases, caplog):
+    checkpoint = build(bases)
+    as_llava(checkpoint, tmp_path / "with")
+    assert (tmp_path / "with" / "tokenizer.model").is_file() and "tokenizer.model" not in caplog.text
+    checkpoint.processor.tokenizer.vocab_file = None  # read from a folder with tokenizer.json alone
+    as_llava(checkpoint, tmp_path / "without")
+    assert "the tokenizer has no tokenizer.model beside it, which the original LLaVA reads" in caplog.text
+
+
 @pytest.mark.parametrize("spelling", ["linear", "mlp2x_gelu", "mlp3x_gelu", "mlp2x_res1x_gelu"])
 def test_llavas_own_projectors_are_spelled_as_llava_spells_them(tmp_path, bases, spelling):
     fields = fields_of(as_llava(build(bases, spelling), tmp_path / "llava"))

@@ -11,7 +11,7 @@ from llava_saep.arguments import parse_arguments
 from llava_saep.convert.checkpoint import Source
 from llava_saep.convert.run import convert
 from llava_saep.errors import UserError
-from llava_saep.model.loading import load_model
+from llava_saep.model.loading import load_model, load_processor
 from llava_saep.train import train_mem
 from llava_saep.train.run import plan_model
 from tests.fixtures.ranks import train_on_ranks
@@ -72,6 +72,11 @@ def test_training_goes_on_from_its_weights_and_writes_a_model_that_converts_back
     moved = (trained[name].float() - stored[name].float()).abs()
     assert 0 < moved.max() < 1e-2  # two steps of 1e-3 away from where it was, not a fresh start
     assert json.loads((tmp_path / "back" / "config.json").read_text())["model_type"] == "llava_llama"
+    # The original LLaVA reads its tokenizer from this file, which transformers 5 does not write.
+    sentencepiece = (CHECKPOINTS / "llava_tiny_v15" / "tokenizer.model").read_bytes()
+    assert (tmp_path / "back" / "tokenizer.model").read_bytes() == sentencepiece
+    load_processor(tmp_path / "out").save_pretrained(tmp_path / "out")  # onto itself
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == sentencepiece
 
 
 def test_tower_that_cannot_be_had_by_its_name_is_taken_from_the_flag(tmp_path):
