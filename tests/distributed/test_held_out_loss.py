@@ -107,3 +107,14 @@ def test_measuring_changes_nothing_in_training_and_damaged_images_do_not_count(b
     dataset, _ = held_out_dataset(argv)
     labels = [dataset.load_sample(index)["labels"][1:] for index in range(1, 7)]
     assert logged(tmp_path / "with", "eval_supervised")[0] == sum(int((row != IGNORE_INDEX).sum()) for row in labels)
+
+
+@pytest.mark.slow
+def test_packed_rows_and_stored_features_measure_the_same(bases, conversations, held_out, tmp_path):
+    """Held-out records are not packed, and what the tower sees in their images is stored as well."""
+    more = {"packing": True, "model_max_length": 256, "cache_vision_features": tmp_path / "cache"}
+    argv = training_flags(bases, conversations, tmp_path / "out", **flags_with(held_out), **more)
+    train_on_ranks(argv, world_size=1, output_dir=tmp_path / "out")
+    loss, accuracy = compute_plainly(argv, tmp_path / "out")
+    assert logged(tmp_path / "out", "eval_loss")[-1] == pytest.approx(loss, rel=1e-5)
+    assert logged(tmp_path / "out", "eval_token_accuracy")[-1] == pytest.approx(accuracy, abs=1e-9)
