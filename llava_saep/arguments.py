@@ -30,6 +30,7 @@ from llava_saep.model.quantization import QuantizationConfig, require_bitsandbyt
 from llava_saep.model.segment_attention import SEGMENTS
 from llava_saep.program import AbbreviatingParser
 from llava_saep.train.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainablePart, TrainingConfig
+from llava_saep.train.liger import require_liger
 from llava_saep.train.saving import output_kind
 from llava_saep.train.stage_presets import use_preset
 from projectors import (
@@ -471,6 +472,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
     _refuse_unsupported(namespace)
     _refuse_out_of_range(namespace)
     _refuse_absent_attention(namespace.attn_implementation)
+    if namespace.use_liger_kernel:
+        require_liger()
     _warn_without_effect(namespace)
     return RunConfig(model=_model_config(namespace), data=_data_config(namespace), training=_training_config(namespace))
 
@@ -566,6 +569,8 @@ def _warn_without_effect(flags: argparse.Namespace) -> None:
         ignored.append("--image_grid_pinpoints (for --image_aspect_ratio anyres)")
     if flags.bits != 4 and (flags.quant_type != "nf4" or not flags.double_quant):
         ignored.append("--quant_type and --double_quant (for --bits 4)")
+    if flags.liger_kernel_config is not None:
+        ignored.append("--liger_kernel_config (norms, rotary embeddings and MLPs are Liger's, loss and head are not)")
     if flags.packing and _grouping(flags) is not None:
         ignored.append(f"{_grouping(flags)} (--packing True fills rows by length already)")
     if flags.lora_weight_path:
@@ -756,6 +761,7 @@ def _trainable_parts(flags: argparse.Namespace) -> frozenset[TrainablePart]:
 def _trainer_arguments(flags: argparse.Namespace) -> Mapping[str, Any]:
     """Collect what transformers.TrainingArguments is to be made with: what was given, and our own defaults."""
     handled_here = {"output_dir", "save_total_limit", "local_rank", "resume_from_checkpoint", "gradient_checkpointing"}
+    handled_here |= {"use_liger_kernel", "liger_kernel_config"}
     defaults = _parser().parse_args([])
     values = {
         f.name: getattr(flags, f.name)
@@ -795,5 +801,6 @@ def _training_config(flags: argparse.Namespace) -> TrainingConfig:
         resume=flags.resume,
         preset=flags.preset_use,
         on_nan_loss=flags.on_nan_loss,
+        liger_kernels=flags.use_liger_kernel,
         trainer_arguments=_trainer_arguments(flags),
     )

@@ -123,6 +123,7 @@ class TrainingConfig:
         resume: "auto" (newest complete checkpoint in output_dir, if any), "never", or the path of one.
         preset: what `--stage` set among these values.
         on_nan_loss: whether a loss that is no finite number ends the run, or costs its optimizer step.
+        liger_kernels: `--use_liger_kernel`: Liger's norms, rotary embeddings and MLPs in the language model.
         trainer_arguments: keyword arguments of transformers.TrainingArguments, as given on the command line.
     """
 
@@ -135,6 +136,7 @@ class TrainingConfig:
     resume: str = "auto"
     preset: PresetUse | None = None
     on_nan_loss: Literal["stop", "skip"] = "stop"
+    liger_kernels: bool = False
     trainer_arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

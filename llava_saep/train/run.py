@@ -48,6 +48,7 @@ from llava_saep.train import checkpointing, distributed, universal
 from llava_saep.train.attention import check_attention, choose_attention, library_attention
 from llava_saep.train.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from llava_saep.train.interruption import StopWatch
+from llava_saep.train.liger import use_liger_kernels
 from llava_saep.train.lora import add_lora
 from llava_saep.train.loss_guard import NonFiniteLossError
 from llava_saep.train.progress import show_progress_of
@@ -616,11 +617,13 @@ def assemble(
     """Make the Trainer of a run: attention, what learns, rows of conversations, batches.
 
     Raises:
-        UserError: the language model cannot attend as asked for.
+        UserError: the language model cannot attend as asked for, or Liger has no kernels for it.
     """
     padding_free = choose_attention(
         model.model.language_model, config.model.attn_implementation, packing=config.data.packing
     )
+    if config.training.liger_kernels:
+        use_liger_kernels(model.model.language_model)
     model = choose_trainable(model, config.training, arguments)
     rows = pack(dataset, arguments, padding_free=padding_free) if config.data.packing else dataset
     return make_trainer(

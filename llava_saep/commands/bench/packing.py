@@ -68,6 +68,7 @@ def _batching_lines(lengths: Sequence[int], batchings: Sequence[Batching], flags
 
 def _timing_lines(timings: Sequence[RowTiming], flags: argparse.Namespace, device: torch.device) -> list[str]:
     machine = describe_machine(device)
+    unit = "CPU-seconds" if device.type == "cpu" else "seconds"
     where = machine.get("gpu", machine["processor"])
     width = max(len(timing.attention) for timing in timings)
     lines = [
@@ -75,4 +76,4 @@ def _timing_lines(timings: Sequence[RowTiming], flags: argparse.Namespace, devic
         f"layers of 512 channels, on {where} ({machine['num_threads']} thread(s), commit {machine['commit']})",
         "",
     ]
-    return lines + [f"{timing.attention:<{width}}  {timing.seconds:8.3f} s" for timing in timings]
+    return lines + [f"{timing.attention:<{width}}  {timing.seconds:8.3f} {unit}" for timing in timings]

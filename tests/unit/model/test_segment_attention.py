@@ -224,3 +224,14 @@ def test_attention_with_sinks_is_refused_when_it_is_met():
 )
 def test_padding_free_attention_is_known_by_name(name, expected):
     assert is_padding_free(name) is expected
+
+
+@pytest.mark.slow  # it is traced
+def test_compiled_model_gives_the_same_losses_and_gradients():
+    """Also for a second row, whose conversations have other lengths."""
+    model = tiny_text_model("llama")
+    use_segment_attention(model)
+    rows = [packed_row(), packed_row((5, 8))]
+    expected = loss_and_gradients(model, rows)
+    model.compile(backend="aot_eager")  # traced and differentiated as for inductor, without its code
+    check_equal(loss_and_gradients(model, rows), expected)
