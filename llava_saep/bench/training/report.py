@@ -50,6 +50,7 @@ def training_document(
             "shape": asdict(workload.shape),
             "train": workload.train,
             "batch_size": workload.batch_size,
+            "num_micro_batches": workload.num_micro_batches,
             "texts": asdict(workload.texts),
             "device": workload.device,
             "dtype": workload.dtype,

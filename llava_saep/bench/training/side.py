@@ -52,6 +52,7 @@ class TrainingWorkload:
 
     Args:
         batch_size: conversations per optimizer step; more than fit on a GPU are halved until they do.
+        num_micro_batches: equal parts that a step's conversations go through the model in.
         num_threads: of torch on the processor; None: torch's own.
         lora: present exactly if `train` is "lora".
         stock_arguments: of transformers.TrainingArguments for the stock side.
@@ -66,7 +67,13 @@ class TrainingWorkload:
     seed: int
     num_threads: int | None
     stock_arguments: Mapping[str, Any]
+    num_micro_batches: int = 1
     lora: LoraConfig | None = None
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Conversations that go through the model at once."""
+        return max(self.batch_size // self.num_micro_batches, 1)
 
     @property
     def trainable(self) -> frozenset[str]:
@@ -182,7 +189,7 @@ def _train(side: Side, workload: TrainingWorkload, clock: "StepClock") -> None:
 def make_stock_trainer(workload: TrainingWorkload, output_dir: str) -> Trainer:
     """transformers' model under transformers' Trainer, with its defaults: sdpa, its loss, padding to the longest."""
     arguments = {**workload.stock_arguments, "output_dir": output_dir}
-    arguments["per_device_train_batch_size"] = workload.batch_size
+    arguments["per_device_train_batch_size"] = workload.micro_batch_size
     model = build_stock_model(workload.shape, DTYPES[workload.dtype], torch.device(workload.device), workload.seed)
     if workload.lora is not None:
         model = add_lora(model, workload.lora)
@@ -210,7 +217,10 @@ class _Processor:
 def make_own_trainer(side: Side, workload: TrainingWorkload) -> Trainer:
     """What `llava_saep.train.run` makes of a user's flags, with model and samples drawn in place of files."""
     selection = select_by_hand(side.projector, side.projector_options)
-    trainer_arguments = {**side.own_training.trainer_arguments, "per_device_train_batch_size": workload.batch_size}
+    trainer_arguments = {
+        **side.own_training.trainer_arguments,
+        "per_device_train_batch_size": workload.micro_batch_size,
+    }
     training = replace(side.own_training, trainer_arguments=trainer_arguments)
     model_config = ModelConfig(
         language_model="random",

@@ -142,7 +142,7 @@ def _flags_for_everyone(arguments: argparse.Namespace, workload: TrainingWorkloa
     """Flags of `llava-saep train` for every own side; those of the user last, since the last one counts."""
     lora = [] if workload.lora is None else _as_flags({"lora_r": workload.lora.rank, "lora_alpha": workload.lora.alpha})
     same = {name: value for name, value in workload.stock_arguments.items() if name != "output_dir"}
-    flags = _as_flags({**same, "per_device_train_batch_size": workload.batch_size, "resume": "never"})
+    flags = _as_flags({**same, "per_device_train_batch_size": workload.micro_batch_size, "resume": "never"})
     return [*flags, *_TRAIN_FLAGS[workload.train], *lora, *shlex.split(arguments.own_flags)]
 
 
@@ -169,6 +169,7 @@ def workload_of(arguments: argparse.Namespace, folder: str) -> TrainingWorkload:
         seed=arguments.seed,
         num_threads=arguments.threads or (2 if device == "cpu" else None),
         stock_arguments={"output_dir": f"{folder}/stock", **_trainer_arguments(arguments, device, dtype)},
+        num_micro_batches=arguments.gradient_accumulation_steps,
         lora=lora,
     )
 
@@ -186,6 +187,7 @@ def _trainer_arguments(arguments: argparse.Namespace, device: str, dtype: str) -
         "report_to": "none",
         "disable_tqdm": True,
         "seed": arguments.seed,
+        "gradient_accumulation_steps": arguments.gradient_accumulation_steps,
         **({"use_cpu": True} if device == "cpu" else {}),
         **({"bf16": True} if dtype == "bf16" else {}),
         **({"activation_checkpointing": True} if checkpointing else {}),
@@ -222,6 +224,9 @@ def _batch_size(given: str, device: str) -> int:
 def _refuse_contradictions(arguments: argparse.Namespace) -> None:
     if arguments.mm_projector_options and len(arguments.names) != 1:
         raise UserError("--mm_projector_options belong to one projector: name it alone, as in `bench training saep`")
+    batch_size, num_parts = arguments.batch_size, arguments.gradient_accumulation_steps
+    if batch_size != "auto" and int(batch_size) % num_parts:
+        raise UserError(f"--batch_size {batch_size}: expected a multiple of --gradient_accumulation_steps {num_parts}")
     if arguments.min_text_tokens > arguments.max_text_tokens:
         raise UserError(
             f"--min_text_tokens {arguments.min_text_tokens} is more than --max_text_tokens {arguments.max_text_tokens}"
@@ -269,6 +274,12 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
         type=_batch_size_word,
         default=str(_BATCH_SIZE),
         help=f"conversations per step (default {_BATCH_SIZE}); auto: as many as fit on the GPU, found by halving",
+    )
+    group.add_argument(
+        "--gradient_accumulation_steps",
+        type=positive,
+        default=1,
+        help="equal parts that the conversations of a step go through the model in, on both sides (default 1)",
     )
     group.add_argument("--min_text_tokens", type=positive, default=40, help="of a conversation's text (default 40)")
     group.add_argument("--max_text_tokens", type=positive, default=400, help="of a conversation's text (default 400)")

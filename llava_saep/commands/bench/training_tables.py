@@ -45,6 +45,7 @@ def heading_lines(document: Mapping[str, Any]) -> list[str]:
     extras = [
         f"training {settings['train']}",
         settings["dtype"],
+        *([f"{settings['num_micro_batches']} micro-batches a step"] if settings["num_micro_batches"] > 1 else []),
         f"{settings['num_rounds']} rounds of {settings['steps_per_round']} after {settings['num_warmup']} of warm-up",
         *(["INTERRUPTED"] if document["interrupted"] else []),
     ]

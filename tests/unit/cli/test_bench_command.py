@@ -57,6 +57,7 @@ def test_all_sides_are_measured_and_agree_on_the_first_loss(tmp_path, capsys):
         ("--min_text_tokens 50 --max_text_tokens 40", "--min_text_tokens 50 is more than --max_text_tokens 40"),
         ("--min_text_tokens 1", "expected 2 or more"),
         ("--supervised_share 1.5", "--supervised_share 1.5: expected a share between 0 and 1"),
+        ("--batch_size 16 --gradient_accumulation_steps 3", "expected a multiple of --gradient_accumulation_steps 3"),
         ("--batch_size auto", "--batch_size auto: tries what fits on a GPU"),
         ("--text_hidden_size 50", "--text_hidden_size 50 and --num_text_heads 4: the first must be a multiple"),
         ("--mm_projector_options stride=3", "belong to one projector"),

@@ -76,6 +76,7 @@ def test_both_sides_train_the_same_parts(train, learns, tmp_path):
         ("--train", "projector"),
         ("--own_flags", "--attn_implementation sdpa"),
         ("--own_flags", "--packing True"),
+        ("--gradient_accumulation_steps", "3"),
     ],
 )
 def test_sides_with_the_same_projector_take_the_same_steps(flags, tmp_path):
