@@ -1,12 +1,13 @@
 """Packed training is unpacked training: the same losses and gradients, whatever attends and however many ranks."""
 
 import functools
+import json
 import re
 
 import pytest
 
 from tests.fixtures.ranks import run_ranks, run_training, train_on_ranks
-from tests.fixtures.tiny import write_data
+from tests.fixtures.tiny import write_data, write_image
 from tests.fixtures.training import deepspeed_json, logged, training_flags
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
@@ -140,3 +141,31 @@ def test_packing_without_a_row_long_enough_ends_before_anything_is_written(bases
     assert result.exit_code == 2
     assert "raise --model_max_length" in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_crops_and_several_images_are_packed_with_their_conversations(bases, tmp_path):
+    """Images of 3, 4 and 5 crops, and two in one conversation, in rows of two or three conversations."""
+    data = write_data(tmp_path / "data", num_records=6, text_only_every=3)
+    for path, (height, width) in zip(
+        sorted(data.image_folder.iterdir()), [(36, 36), (72, 20), (24, 40), (40, 36)], strict=True
+    ):
+        write_image(path, height=height, width=width)
+    records = json.loads(data.data_path.read_text())
+    records[0]["image"] = [records[0]["image"], records[1]["image"]]
+    records[0]["conversations"][0]["value"] = "<image>\n<image>\nWhich is red?"
+    data.data_path.write_text(json.dumps(records))
+    common = {
+        "image_aspect_ratio": "anyres",
+        "mm_patch_merge_type": "spatial_unpad",
+        "model_max_length": 512,
+        "max_steps": 2,
+        "per_device_train_batch_size": 6,
+    }
+    runs = {"unpacked": {"attn_implementation": "eager"}, "packed": {"packing": True}}
+    for name, flags in runs.items():
+        argv = training_flags(bases, data, tmp_path / name, **common, **flags)
+        train_on_ranks(argv, world_size=1, output_dir=tmp_path / name)
+    for name in ("loss", "grad_norm"):
+        assert logged(tmp_path / "packed", name) == pytest.approx(logged(tmp_path / "unpacked", name), abs=TOLERANCE)
+    assert logged(tmp_path / "packed", "images") == [5, 5]
+    assert logged(tmp_path / "packed", "conversations") == [6, 6]
