@@ -1,8 +1,8 @@
 """Starting one rank: device, process group, rank-zero logging, and what must not be waited for silently.
 
 DeepSpeed on CPU starts by compiling a shared-memory all-reduce unless it is told not to, and ZeRO-3 there needs the
-process group before TrainingArguments exist; both are done here. On GPUs nothing special is needed (that path follows
-DeepSpeed's documentation and has not been run by this project's tests).
+process group before TrainingArguments exist; both are done here. On GPUs nothing special is needed (docs/results.md
+says what was run on one).
 """
 
 from __future__ import annotations
