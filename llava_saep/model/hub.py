@@ -53,16 +53,22 @@ def local_folder(name_or_path: str | Path) -> Path:
         ) from error
 
 
+def find_file(name_or_path: str | Path, file_name: str) -> Path | None:
+    """Find one file of a model, of the hub without the rest of it; None where there is none."""
+    if is_hub_name(name_or_path):
+        try:
+            return Path(huggingface_hub.hf_hub_download(str(name_or_path), file_name))
+        except _NOT_TO_BE_HAD:
+            return None
+    path = Path(name_or_path) / file_name
+    return path if path.is_file() else None
+
+
 def read_config_fields(name_or_path: str) -> dict[str, Any] | None:
     """Read the fields of config.json, of a model of the hub without the rest of it; None where there is none.
 
     Raises:
         UserError: the file is damaged.
     """
-    path = Path(name_or_path) / "config.json"
-    if is_hub_name(name_or_path):
-        try:
-            path = Path(huggingface_hub.hf_hub_download(name_or_path, "config.json"))
-        except _NOT_TO_BE_HAD:
-            return None
-    return read_json_object(path) if path.is_file() else None
+    path = find_file(name_or_path, "config.json")
+    return None if path is None else read_json_object(path)

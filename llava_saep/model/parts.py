@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    LlamaTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -21,10 +22,14 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from llava_saep.constants import DEFAULT_IMAGE_TOKEN
 from llava_saep.errors import UserError
 from llava_saep.model.combined_towers import CombinedVisionConfig, split_tower_names
-from llava_saep.model.reading import UNREADABLE_WEIGHTS, first_line, read_config
+from llava_saep.model.hub import find_file
+from llava_saep.model.reading import UNREADABLE_WEIGHTS, first_line, read_config, read_json_object
 from llava_saep.model.vocabulary import add_special_tokens
 
 SENTENCEPIECE_FILE = "tokenizer.model"
+
+LLAMA_TOKENIZERS = ("LlamaTokenizer", "LlamaTokenizerFast")
+"""What tokenizer_config.json calls LLaMA's."""
 
 
 @contextmanager
@@ -111,9 +116,23 @@ def read_tokenizer(language_model: str, text_config: PreTrainedConfig | None = N
         UserError: there is none that can be read.
     """
     try:
+        if _is_llamas_in_one_file(language_model):
+            return LlamaTokenizer.from_pretrained(language_model, padding_side="right")
         return AutoTokenizer.from_pretrained(language_model, config=text_config, padding_side="right")
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"the tokenizer of {language_model!r} cannot be loaded: {first_line(error)}") from error
+
+
+def _is_llamas_in_one_file(language_model: str) -> bool:
+    """Whether a tokenizer is LLaMA's and there is only tokenizer.model, as in LLaVA-1.6's Mistral.
+
+    transformers 5 goes by the type of the language model then, and reads Mistral's without the blank that LLaMA's
+    tokenizer puts in front of a text.
+    """
+    settings = find_file(language_model, "tokenizer_config.json")
+    if settings is None or read_json_object(settings).get("tokenizer_class") not in LLAMA_TOKENIZERS:
+        return False
+    return find_file(language_model, "tokenizer.json") is None
 
 
 def complete_tokenizer(tokenizer):

@@ -1,5 +1,9 @@
 """Language models beside Llama through LLaVA's format and llava-hf's: their configs say the same when read again."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import (
@@ -7,6 +11,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
+    LlamaTokenizer,
     LlavaForConditionalGeneration,
     MistralConfig,
     Phi3Config,
@@ -15,13 +20,16 @@ from transformers import (
     SmolLM3Config,
 )
 
-from llava_saep.convert.checkpoint import Checkpoint
+from llava_saep.convert.checkpoint import Checkpoint, Source
+from llava_saep.convert.run import convert
 from llava_saep.convert.to_hf import write_hf
 from llava_saep.convert.to_llava import write_llava
 from llava_saep.errors import UserError
-from llava_saep.model.loading import build_model, build_processor, load_model
+from llava_saep.model.loading import build_model, build_processor, load_model, load_processor
 from projectors import select_projector
 from tests.fixtures.tiny import write_bases
+
+CHECKPOINTS = Path(__file__).parents[2] / "golden" / "llava" / "checkpoints"
 
 SIZES = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
@@ -63,6 +71,32 @@ def logits_of(model):
     pixels = torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return model(input_ids=ids, pixel_values=pixels).logits[..., :400]
+
+
+@pytest.fixture(scope="module")
+def llava_mistral(tmp_path_factory):
+    """A folder as llava-v1.6-mistral-7b is: Mistral, with LLaMA's tokenizer in tokenizer.model alone."""
+    around = tmp_path_factory.mktemp("llava_mistral")
+    shutil.copytree(CHECKPOINTS / "clip_tiny", around / "clip_tiny")
+    folder = shutil.copytree(CHECKPOINTS / "llava_tiny_v15", around / "llava")
+    fields = json.loads((folder / "config.json").read_text())
+    fields |= {"model_type": "llava_mistral", "architectures": ["LlavaMistralForCausalLM"], "sliding_window": None}
+    (folder / "config.json").write_text(json.dumps(fields))
+    assert not (folder / "tokenizer.json").exists()
+    return folder
+
+
+@pytest.mark.parametrize("target", [None, "own", "llava", "hf"])
+def test_mistrals_tokenizer_puts_llamas_blank_in_front_in_every_format(llava_mistral, target, tmp_path):
+    folder = llava_mistral
+    if target is not None:
+        folder = tmp_path / "converted"
+        convert(Source(folder=llava_mistral), target, folder)
+    tokenizer = load_processor(folder).tokenizer
+    llamas = LlamaTokenizer.from_pretrained(CHECKPOINTS / "llava_tiny_v15")
+    for text in ("[INST] What is shown? [/INST]", "\nWhat is shown?", " a", "a</s>b"):
+        assert tokenizer(text).input_ids == llamas(text).input_ids
+    assert llamas.tokenize("[INST]")[0].startswith("▁")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
