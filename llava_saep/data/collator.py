@@ -180,7 +180,7 @@ def count_padding(batch: Mapping[str, Any]) -> Tensor:
 def count_conversations(batch: Mapping[str, Any]) -> Tensor:
     """Count the conversations of a batch -> a number on the batch's device."""
     if "attention_mask" in batch:
-        return batch["attention_mask"].new_tensor(len(batch["attention_mask"]))
+        return batch["input_ids"].new_full((), len(batch["attention_mask"]))
     if "cu_seq_lens_q" in batch:
-        return batch["input_ids"].new_tensor(len(batch["cu_seq_lens_q"]) - 1)
+        return batch["input_ids"].new_full((), len(batch["cu_seq_lens_q"]) - 1)
     return conversation_starts(batch["position_ids"]).sum()

@@ -98,10 +98,11 @@ class CachedVisionFeatures:
             the batch with a single `VisionFeatures`, and without pixels and keys.
         """
         rest = dict(batch)
-        lookups, pixels, sizes = rest.pop("image_lookups"), rest.pop("pixel_values"), rest["image_sizes"].tolist()
+        lookups, pixels = rest.pop("image_lookups"), rest.pop("pixel_values")
         layers = [tuple(known) for known in rest.pop("vision_features")]
         missing = [index for index, known in enumerate(layers) if not known]
         computed = self._compute([pixels[index] for index in missing], [lookups[index][0] for index in missing])
+        sizes = rest["image_sizes"].tolist() if missing else []  # which waits for the device
         for index, features in zip(missing, computed, strict=True):
             layers[index] = features
             self._store(*lookups[index], ImageFeatures(ImageSize(*sizes[index]), features))

@@ -122,15 +122,16 @@ def broadcast_object(value: T) -> T:
     return box[0]
 
 
-def is_true_anywhere(claim: bool, device: torch.device | str = "cpu") -> bool:
+def is_true_anywhere(claim: bool | torch.Tensor, device: torch.device | str = "cpu") -> bool:
     """Whether any rank claims it; every rank must ask.
 
     Args:
+        claim: as a tensor, a single boolean.
         device: on which the process group's backend works.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return claim
-    flag = torch.tensor(int(claim), device=device)
+        return bool(claim)
+    flag = torch.as_tensor(claim, device=device).int()
     torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
     return bool(flag.item())
 

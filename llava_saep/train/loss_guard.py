@@ -54,21 +54,23 @@ class LossGuard:
         self._last_skipped_step = -1
         self._num_in_a_row = 0
 
-    def check_loss(self, loss: Tensor, indices: Sequence[int], step: int) -> None:
+    def check_loss(self, loss: Tensor, indices: Tensor, step: int) -> None:
         """Look at the loss of a micro-batch; every rank must.
 
         Args:
             loss: a single number.
-            indices: this rank's samples in the micro-batch.
+            indices: (samples,), this rank's in the micro-batch.
             step: the optimizer step that it belongs to, counted from 1.
         Raises:
             NonFiniteLossError: it is no finite number on some rank, and the policy is "stop", or says "skip" too often.
             MicroBatchLeftOut: so it is, and the policy is "skip".
         """
-        value = loss.item()
-        if not distributed.is_true_anywhere(not math.isfinite(value), self._device):
+        # Asked for on the device, so that it is waited for once.
+        if not distributed.is_true_anywhere(~torch.isfinite(loss), self._device):
             return
-        finding = None if math.isfinite(value) else f"{value} on rank {distributed.rank()} ({self._name(indices)})"
+        value, finding = loss.item(), None
+        if not math.isfinite(value):
+            finding = f"{value} on rank {distributed.rank()} ({self._name(indices.tolist())})"
         found = [finding for finding in distributed.gather_objects(finding) if finding is not None]
         problem = f"step {step}: the loss is {'; '.join(found)}"
         if self.policy == "stop":

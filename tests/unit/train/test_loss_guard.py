@@ -17,14 +17,14 @@ def guard(policy):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_bad_loss_stops_and_names_its_samples(value):
     with pytest.raises(NonFiniteLossError, match=rf"step 7: the loss is {value} on rank 0 \(sample 3; sample 5\)"):
-        guard("stop").check_loss(torch.tensor(value), [3, 5], 7)
+        guard("stop").check_loss(torch.tensor(value), torch.tensor([3, 5]), 7)
     with pytest.raises(NonFiniteLossError, match="sample 0; .*sample 3; 6 more"):
-        guard("stop").check_loss(torch.tensor(value), list(range(10)), 7)
+        guard("stop").check_loss(torch.tensor(value), torch.arange(10), 7)
 
 
 def test_good_losses_pass():
     for policy in ("stop", "skip"):
-        guard(policy).check_loss(torch.tensor(1e30), [0], 1)
+        guard(policy).check_loss(torch.tensor(1e30), torch.tensor([0]), 1)
 
 
 def test_bad_losses_are_left_out_until_too_many_come_in_a_row(caplog, monkeypatch):
@@ -34,11 +34,11 @@ def test_bad_losses_are_left_out_until_too_many_come_in_a_row(caplog, monkeypatc
     with caplog.at_level(logging.WARNING):
         for step in (1, 1, 2, 4, 5):  # two micro-batches of step 1; step 3 is good
             with pytest.raises(MicroBatchLeftOut):
-                watch.check_loss(bad, [step], step)
+                watch.check_loss(bad, torch.tensor([step]), step)
     assert watch.num_skipped == 5
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [f"step {n}" for n in (1, 1, 2, 4, 5)]
     with pytest.raises(NonFiniteLossError, match="3 steps in a row"):
-        watch.check_loss(bad, [6], 6)
+        watch.check_loss(bad, torch.tensor([6]), 6)
 
 
 @pytest.mark.parametrize("norm", [math.nan, math.inf, torch.tensor(math.nan), -1.0])
