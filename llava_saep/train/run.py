@@ -105,6 +105,7 @@ def train(config: RunConfig) -> None:
         with summarized(trainer, config):
             run_loop(trainer, checkpoint, watch)
             save_result(trainer)
+            watch.end()
 
 
 # Before anything is started

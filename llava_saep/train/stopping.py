@@ -37,6 +37,7 @@ class StopCallback(TrainerCallback):
             and state.global_step < state.max_steps
         ):
             self.has_stopped = control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # whoever sent the signal may not wait for so long
 
     def on_save(self, args, state, control, **kwargs):
         """Say what was done, before the launcher ends this process."""
