@@ -77,6 +77,13 @@ def _hash_files(paths: Sequence[Path]) -> list[str]:
         return list(pool.map(_sha256, paths))
 
 
+def _flush_to_disk(paths: Sequence[Path]) -> None:
+    """Wait until the system has written files out, which is also when some file systems find that they have no room."""
+    for path in paths:
+        with path.open("r+b") as file:
+            os.fsync(file.fileno())
+
+
 def _files_of(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)
 
@@ -91,12 +98,14 @@ def _owner(name: str, world_size: int) -> int:
 def describe_files(folder: Path, *, rank: int = 0, world_size: int = 1) -> dict[str, dict[str, int | str]]:
     """Size and checksum of the files that a rank has written, which its machine still has in memory.
 
-    Call it after a barrier that follows the last write of every rank. All ranks' answers together make a manifest.
+    They are on the disk when it returns: older checkpoints are deleted once the manifest is there, and a machine that
+    lost its power then would have none. Call it after a barrier that follows the last write of every rank. All ranks' answers together make a manifest.
 
     Returns:
         by path inside the folder: "bytes" and "sha256".
     """
     paths = [path for path in _files_of(folder) if _owner(path.name, world_size) == rank]
+    _flush_to_disk(paths)
     return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": checksum}
         for path, checksum in zip(paths, _hash_files(paths), strict=True)
@@ -345,10 +354,14 @@ def remove_old_checkpoints(output_dir: Path, *, keep: int | None) -> list[Path]:
         if is_complete and (keep is None or num_complete < keep):
             num_complete += 1
         elif num_complete > 0:
-            # Without its manifest a half-deleted folder is no checkpoint.
-            (folder / MANIFEST_NAME).unlink(missing_ok=True)
-            shutil.rmtree(folder)
-            removed.append(folder)
+            try:
+                # Without its manifest a half-deleted folder is no checkpoint.
+                (folder / MANIFEST_NAME).unlink(missing_ok=True)
+                shutil.rmtree(folder)
+            except OSError as error:  # on shared storage, somebody may be reading there
+                logger.warning("%s is no longer needed and could not be deleted: %s", folder, error)
+            else:
+                removed.append(folder)
     return removed
 
 

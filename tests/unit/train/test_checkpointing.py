@@ -154,6 +154,35 @@ def test_old_checkpoints_go_and_complete_ones_stay(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
 
 
+def test_old_checkpoint_that_cannot_be_deleted_costs_no_run(tmp_path, monkeypatch, caplog):
+    """On shared storage a file that somebody reads keeps its folder from going away."""
+    for step in (2, 4):
+        make_checkpoint(tmp_path, step)
+
+    def refuse(folder, *_, **__):
+        raise OSError(39, "Directory not empty", str(folder))
+
+    monkeypatch.setattr("llava_saep.train.checkpointing.shutil.rmtree", refuse)
+    with caplog.at_level(logging.WARNING):
+        assert remove_old_checkpoints(tmp_path, keep=1) == []
+    assert "checkpoint-2 is no longer needed and could not be deleted" in caplog.text
+    assert choose_checkpoint(tmp_path, "auto").name == "checkpoint-4"
+    assert why_incomplete(tmp_path / "checkpoint-2") is not None  # half of it may be gone
+
+
+def test_files_are_on_the_disk_before_a_manifest_lists_them(tmp_path, monkeypatch):
+    """Some file systems find only then that they have no room."""
+    folder = make_checkpoint(tmp_path, 2, finished=False)
+
+    def refuse(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("llava_saep.train.checkpointing.os.fsync", refuse)
+    with pytest.raises(SavingError, match="No space left"), removing_what_fails(folder):
+        write_manifest(folder, FACTS, describe_files(folder, world_size=2))
+    assert not folder.exists()
+
+
 def test_without_a_limit_every_complete_checkpoint_stays(tmp_path):
     for step in (2, 4):
         make_checkpoint(tmp_path, step)
