@@ -58,6 +58,10 @@ class SampleLedger:
         """How many samples have a flag of either kind."""
         return int(self._flags.count_nonzero())
 
+    def take_over(self, flags: Tensor) -> None:
+        """Add flags that others have set; those that workers have set here meanwhile stay."""
+        torch.maximum(self._flags, flags, out=self._flags)
+
     @property
     def flags(self) -> Tensor:
         """(2, samples): what ranks compare notes with, the larger value of each place winning."""

@@ -60,9 +60,9 @@ class LlavaTrainer(Trainer):
         self.conversations = conversations
         describe_sample = str if conversations is None else conversations.describe_sample
         self.loss_guard = LossGuard(config.on_nan_loss, describe_sample, self.args.device)
-        self._sample_indices: list[int] = []
+        self._sample_indices: Tensor | None = None
         self._num_noted = 0
-        self._num_steps_left_out, self._last_logged_step = 0, 0
+        self._num_steps, self._num_steps_left_out = 0, 0  # since the last log entry
         self.output_kind = saving.output_kind(config.trainable)
         self.converted_checkpoint: Path | None = None
         """Where the shards of the checkpoint to go on from lie for another number of ranks; deleted after loading."""
@@ -107,6 +107,7 @@ class LlavaTrainer(Trainer):
         self.throughput.start()
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.throughput.add(batches)
+        self._num_steps += bool(batches)
         return batches, num_items_in_batch
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -150,7 +151,7 @@ class LlavaTrainer(Trainer):
     # Losses that are no numbers
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
-        self._sample_indices = inputs.pop(SAMPLE_INDICES).tolist()
+        self._sample_indices = inputs.pop(SAMPLE_INDICES)
         try:
             return super().training_step(model, inputs, num_items_in_batch)
         except MicroBatchLeftOut:
@@ -215,8 +216,8 @@ class LlavaTrainer(Trainer):
 
     def _correct_mean(self, logs: dict[str, float]) -> None:
         """Take the steps that were left out, which the library counts with a loss of 0, out of the logged mean."""
-        num_steps, num_left_out = self.state.global_step - self._last_logged_step, self._num_steps_left_out
-        self._last_logged_step, self._num_steps_left_out = self.state.global_step, 0
+        num_steps, num_left_out = self._num_steps, self._num_steps_left_out
+        self._num_steps, self._num_steps_left_out = 0, 0
         if num_left_out >= num_steps:
             del logs["loss"]
         elif num_left_out > 0:
@@ -240,7 +241,7 @@ class LlavaTrainer(Trainer):
         if not distributed.is_true_anywhere(num_noted != self._num_noted, self.args.device):
             return
         for ledger in ledgers:
-            ledger.flags.copy_(distributed.take_largest(ledger.flags, self.args.device))
+            ledger.take_over(distributed.take_largest(ledger.flags, self.args.device))
         self._num_noted = sum(ledger.num_noted for ledger in ledgers)
 
     # What is written
@@ -348,7 +349,7 @@ class LlavaTrainer(Trainer):
             universal.set_learning_rates(engine.optimizer.optimizer, self.lr_scheduler.get_last_lr())
             barrier()
             if self.args.should_save:
-                shutil.rmtree(self.converted_checkpoint)
+                shutil.rmtree(self.converted_checkpoint, ignore_errors=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load weights without DeepSpeed."""

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -88,6 +89,19 @@ def test_other_micro_batches_of_the_step_count(stage, bases, conversations, tmp_
     assert [result.exit_code for result in results] == [0, 0], results[0].output[-3000:]
     assert logged(tmp_path, "loss") == pytest.approx(logged(tmp_path / "alone", "loss"), abs=TOLERANCE, rel=0)
     assert logged(tmp_path, "grad_norm") == pytest.approx(norms, rel=TOLERANCE)
+
+
+def test_resumed_run_logs_no_loss_for_a_step_that_is_left_out(bases, conversations, tmp_path):
+    """The first entry after a resumption counts the steps since then, not those before."""
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    flags = {"per_device_train_batch_size": 1, "on_nan_loss": "skip", "save_strategy": "steps", "save_steps": 2}
+    for output_dir in (whole, resumed):
+        argv = training_flags(bases, conversations, output_dir, **flags)
+        assert run(argv, ["conversation-2"], output_dir, world_size=1)[0].exit_code == 0
+        if output_dir is whole:
+            shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
+    assert len(logged(whole, "loss")) == 3
+    assert logged(resumed, "loss") == logged(whole, "loss")
 
 
 def test_run_stops_on_all_ranks_and_keeps_its_last_good_checkpoint(bases, conversations, tmp_path):
