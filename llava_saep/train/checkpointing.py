@@ -99,7 +99,8 @@ def describe_files(folder: Path, *, rank: int = 0, world_size: int = 1) -> dict[
     """Size and checksum of the files that a rank has written, which its machine still has in memory.
 
     They are on the disk when it returns: older checkpoints are deleted once the manifest is there, and a machine that
-    lost its power then would have none. Call it after a barrier that follows the last write of every rank. All ranks' answers together make a manifest.
+    lost its power then would have none. Call it after a barrier that follows the last write of every rank. All ranks'
+    answers together make a manifest.
 
     Returns:
         by path inside the folder: "bytes" and "sha256".
