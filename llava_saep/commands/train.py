@@ -123,7 +123,7 @@ def check_models(config: "RunConfig") -> None:
     from llava_saep.model.hub import hub_cache
     from llava_saep.model.projector_selection import trusting_projector_code
     from llava_saep.model.reading import UnreadableModel
-    from llava_saep.train.run import plan_model
+    from llava_saep.train.planning import plan_model
 
     model = config.model
     with (

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import functools
-import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,37 +17,35 @@ from transformers import TrainingArguments
 from llava_saep.data.collator import ConversationCollator
 from llava_saep.data.dataset import ConversationDataset
 from llava_saep.data.image_check import find_damaged_images
-from llava_saep.data.images import ImageProcessor, default_grid_pinpoints, parse_grid_pinpoints, processed_image_size
+from llava_saep.data.images import parse_grid_pinpoints
 from llava_saep.data.packing import PackedDataset, plan_rows
 from llava_saep.data.records import BadSampleError
 from llava_saep.data.sampler import padding_share
 from llava_saep.data.templates import conversation_template
 from llava_saep.errors import UserError
 from llava_saep.model import LlavaSaepConfig, LlavaSaepForConditionalGeneration, LlavaSaepProcessor
-from llava_saep.model.combined_towers import split_tower_names
-from llava_saep.model.formats import read_base_config
 from llava_saep.model.hub import hub_cache
 from llava_saep.model.loading import (
     build_model,
-    build_processor,
     find_projector_weights,
-    load_processor,
-    make_config,
 )
-from llava_saep.model.parts import complete_tokenizer, read_tokenizer
-from llava_saep.model.projector_check import check_projector_weights
-from llava_saep.model.projector_selection import remember_selection, selection_from_config, trusting_projector_code
-from llava_saep.model.quantization import QuantizationConfig, quantize_language_model
-from llava_saep.model.reading import read_image_processor
+from llava_saep.model.projector_selection import selection_from_config, trusting_projector_code
+from llava_saep.model.quantization import quantize_language_model
 from llava_saep.model.vision_tower import unused_tower_parameters
-from llava_saep.model.vocabulary import START_END_TOKENS, add_special_tokens, check_special_tokens, with_room_for
 from llava_saep.train import checkpointing, distributed, universal
 from llava_saep.train.attention import check_attention, choose_attention, library_attention
 from llava_saep.train.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from llava_saep.train.deepspeed_config import (
+    check_deepspeed_agrees,
+    complete_deepspeed_config,
+    read_deepspeed_config,
+    refuse_partitioning,
+)
 from llava_saep.train.interruption import StopWatch
 from llava_saep.train.liger import use_liger_kernels
 from llava_saep.train.lora import add_lora
 from llava_saep.train.loss_guard import NonFiniteLossError
+from llava_saep.train.planning import as_lasting_path, plan_model
 from llava_saep.train.progress import show_progress_of
 from llava_saep.train.reporting import guard_reporters
 from llava_saep.train.stage_presets import describe_use, fit_preset
@@ -65,8 +60,6 @@ logger = logging.getLogger(__name__)
 
 STAGING_NAME = ".saving"
 """Folder in output_dir in which the trained model is written before it is moved into place."""
-
-_GATHER_ON_SAVE = "stage3_gather_16bit_weights_on_model_save"
 
 T = TypeVar("T")
 
@@ -157,62 +150,6 @@ def _check_inputs_outlive_output(model: ModelConfig, output_dir: Path) -> None:
             )
 
 
-def find_deepspeed_config(path: str) -> Path:
-    """Find DeepSpeed's JSON file; LLaVA's `./scripts/zero2.json` is taken from deepspeed_configs/ where it is missing.
-
-    Raises:
-        UserError: there is no such file.
-    """
-    found = Path(path)
-    if not found.is_file():
-        ours = Path(__file__).resolve().parents[2] / "deepspeed_configs" / found.name
-        if not ours.is_file():
-            raise UserError(f"--deepspeed {path}: no such file; deepspeed_configs/ holds zero1.json, zero2.json, ...")
-        _warn_of_deepspeed_config_used(path, ours)
-        found = ours
-    return found
-
-
-@functools.cache  # the file is looked for when the flags are checked, and when it is read
-def _warn_of_deepspeed_config_used(given: str, found: Path) -> None:
-    logger.warning("--deepspeed %s: no such file, using %s", given, found)
-
-
-def read_deepspeed_config(value: str | Mapping[str, Any]) -> dict[str, Any]:
-    """Read what `--deepspeed` gives: a file, or the JSON itself.
-
-    Raises:
-        UserError: there is no such file, or it holds no JSON object with settings.
-    """
-    if isinstance(value, Mapping):
-        return dict(value)
-    is_json = value.lstrip().startswith("{")
-    shown = "--deepspeed" if is_json else f"--deepspeed {value}"
-    try:
-        config = json.loads(value if is_json else find_deepspeed_config(value).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{shown}: not valid JSON: {error}") from error
-    if not isinstance(config, dict) or not config:
-        raise UserError(
-            f"{shown}: holds {json.dumps(config)[:80]}; expected a JSON object with DeepSpeed's settings, such as "
-            "deepspeed_configs/zero2.json, or no --deepspeed to train without it"
-        )
-    return config
-
-
-def refuse_partitioning(settings: Mapping[str, Any], quantization: QuantizationConfig) -> None:
-    """Stop at ZeRO-3, which would split the language model while it is loaded, before it is quantised.
-
-    Raises:
-        UserError: DeepSpeed's config asks for stage 3.
-    """
-    if settings.get("zero_optimization", {}).get("stage") == 3:
-        raise UserError(
-            f"--bits {quantization.bits} does not work under ZeRO-3 (--deepspeed), which would split quantised weights "
-            "among the ranks; use deepspeed_configs/zero2.json, or --bits 16"
-        )
-
-
 # Start
 
 
@@ -269,31 +206,6 @@ def apply_preset(config: TrainingConfig, *, on_accelerator: bool) -> dict[str, A
     return fitted
 
 
-def complete_deepspeed_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Have ZeRO-3 put the weights together when it saves; what it writes otherwise is no model that loads."""
-    zero = config.get("zero_optimization", {})
-    if zero.get("stage") != 3 or zero.get(_GATHER_ON_SAVE):
-        return config
-    logger.warning(
-        "--deepspeed: zero_optimization.%s is set to true, so that the saved model is whole", _GATHER_ON_SAVE
-    )
-    return {**config, "zero_optimization": {**zero, _GATHER_ON_SAVE: True}}
-
-
-def check_deepspeed_agrees(arguments: TrainingArguments) -> None:
-    """Refuse a DeepSpeed config that says otherwise than the flags; the Trainer would, but much later.
-
-    Raises:
-        UserError: names each setting and flag that differ.
-    """
-    # transformers makes the config's attribute only where there is a config
-    if not arguments.deepspeed or not arguments.hf_deepspeed_config.mismatches:
-        return
-    differences = "; ".join(line.removeprefix("- ds ") for line in arguments.hf_deepspeed_config.mismatches)
-    differences = differences.replace(" vs hf ", " against --")
-    raise UserError(f'--deepspeed contradicts the flags: {differences}; write "auto" there to have the flags decide')
-
-
 def choose_checkpoint(config: TrainingConfig) -> Path | None:
     """Let rank 0 look for a checkpoint, since reading checksums takes time, and tell every rank."""
     return _on_rank_zero(lambda: checkpointing.choose_checkpoint(Path(config.output_dir), config.resume))
@@ -314,157 +226,6 @@ def _on_rank_zero(decide: Callable[[], T]) -> T:
 
 
 # Model and data
-
-
-def plan_model(config: RunConfig) -> tuple[LlavaSaepProcessor, LlavaSaepConfig]:
-    """Make processor and config from the parts' configs, before any weights are read or ranks wait for each other.
-
-    Raises:
-        UserError, ProjectorError: a part cannot be read, the projector cannot work between them, the weights that it
-            shall start from are not its own, or the tokenizer is not the language model's.
-    """
-    processor, model_config = _plan(config)
-    check_special_tokens(processor.tokenizer, model_config.text_config.vocab_size)
-    processor.apply_exif_orientation = config.data.apply_exif_orientation
-    _check_named_layers(config.model, model_config)
-    _warn_about_absent_tokens(config.data, model_config)
-    side = model_config.vision_config.image_size
-    model_config.num_image_tokens(model_config.patch_grid(side, side))  # refuses layers and grids that cannot be
-    if config.model.projector_weights is not None:
-        check_projector_weights(config.model.projector_weights, model_config)
-    return processor, model_config
-
-
-def _warn_about_absent_tokens(data: DataConfig, model_config: LlavaSaepConfig) -> None:
-    """Say that `plain` has no place for <im_start> and <im_end>: LLaVA drops them, and so they learn nothing there."""
-    if model_config.mm_use_im_start_end and data.conversation_template in ("plain", "v0_plain"):
-        logger.warning(
-            "--version %s writes images without <im_start> and <im_end>, as in LLaVA: in this run their embedding "
-            "learns nothing; --version v1 would write them",
-            data.conversation_template,
-        )
-
-
-def _check_named_layers(model: ModelConfig, model_config: LlavaSaepConfig) -> None:
-    """Refuse a layer that the tower lacks, also where the projector does not apply it."""
-    depth = model_config.vision_config.num_hidden_layers
-    for layer in model.named_layers:
-        if not -(depth + 1) <= layer <= depth:
-            raise UserError(
-                f"--mm_vision_select_layer {layer}: the vision tower has {depth} blocks, so layers run from "
-                f"{-(depth + 1)} to {depth}"
-            )
-
-
-def _plan(config: RunConfig) -> tuple[LlavaSaepProcessor, LlavaSaepConfig]:
-    model = config.model
-    base = read_base_config(model.language_model, "--model_name_or_path", fallback_tower=model.vision_tower)
-    if isinstance(base, LlavaSaepConfig):
-        return _plan_from_saved(config, base)
-    tower = model.tower_for_language_model
-    if tower is None:
-        raise UserError(
-            "--vision_tower is missing: expected a vision tower (folder or hub name), unless --model_name_or_path is "
-            "a model that a run saved"
-        )
-    tokenizer = read_tokenizer(model.language_model)
-    added = add_special_tokens(tokenizer, START_END_TOKENS if model.use_im_start_end else ())
-    complete_tokenizer(tokenizer)
-    model_config = make_config(
-        language_model=model.language_model,
-        vision_tower=tower,
-        projector=model.projector,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        mm_use_im_start_end=bool(model.use_im_start_end),
-        added_token_ids=added,
-        **_crops(config, read_image_processor(tower)),
-    )
-    processor = build_processor(
-        language_model=model.language_model,
-        vision_tower=tower,
-        model_config=model_config,
-        tokenizer=tokenizer,
-        image_aspect_ratio=config.data.image_aspect_ratio,
-        conversation_template=config.data.conversation_template,
-    )
-    return processor, model_config
-
-
-def _crops(config: RunConfig, image_processor: ImageProcessor, saved: LlavaSaepConfig | None = None) -> dict[str, Any]:
-    """Say how images are cut and put together: as the flags do, else the saved model, else as LLaVA-1.6, flat."""
-    merge_type = "flat" if saved is None else saved.mm_patch_merge_type
-    pinpoints = () if saved is None else parse_grid_pinpoints(saved.image_grid_pinpoints)
-    if config.data.image_aspect_ratio == "anyres":
-        merge_type = config.model.mm_patch_merge_type or merge_type
-        pinpoints = config.model.image_grid_pinpoints or pinpoints
-        pinpoints = pinpoints or default_grid_pinpoints(processed_image_size(image_processor))
-    return {"mm_patch_merge_type": merge_type, "image_grid_pinpoints": pinpoints}
-
-
-def _plan_from_saved(config: RunConfig, base: LlavaSaepConfig) -> tuple[LlavaSaepProcessor, LlavaSaepConfig]:
-    """Plan a run that goes on from a saved model: its tower, its tokenizer, and its projector unless one is named.
-
-    Raises:
-        UserError: a flag asks for another tower, or for other layers of it than the kept projector reads.
-    """
-    planned = copy.deepcopy(base)
-    _check_saved_tower(config.model, base)
-    if config.model.keeps_saved_projector:
-        _check_saved_projector(config.model, base)
-    else:
-        remember_selection(config.model.projector)
-        planned.projector = config.model.projector.to_dict()
-    saved = load_processor(config.model.language_model, fallback_tower=config.model.vision_tower)
-    crops = _crops(config, saved.image_processor, base)
-    planned.mm_patch_merge_type = crops["mm_patch_merge_type"]
-    planned.image_grid_pinpoints = [list(pair) for pair in crops["image_grid_pinpoints"]] or None
-    if config.model.use_im_start_end is not None:
-        planned.mm_use_im_start_end = config.model.use_im_start_end
-    added = add_special_tokens(saved.tokenizer, START_END_TOKENS if planned.mm_use_im_start_end else ())
-    planned.added_token_ids = list(added) or None
-    planned.text_config = with_room_for(planned.text_config, added)
-    processor = LlavaSaepProcessor.from_model_config(
-        planned,
-        image_processor=saved.image_processor,
-        tokenizer=saved.tokenizer,
-        image_aspect_ratio=config.data.image_aspect_ratio,
-        conversation_template=config.data.conversation_template,
-    )
-    processor.tokenizer.padding_side = "right"
-    return processor, planned
-
-
-def _check_saved_tower(model: ModelConfig, base: LlavaSaepConfig) -> None:
-    """Refuse a tower that is not the saved model's own, which would otherwise be silently used in its place."""
-    own = base.vision_tower_name_or_path
-    accepted = {_as_lasting_path(path) for path in (own, model.language_model) if path is not None}
-    if model.vision_tower is not None and _as_lasting_path(model.vision_tower) not in accepted:
-        raise UserError(
-            f"--vision_tower {model.vision_tower}: the model in {model.language_model} brings its own tower (from "
-            f"{own}); drop --vision_tower, or start from a language model"
-        )
-
-
-def _check_saved_projector(model: ModelConfig, base: LlavaSaepConfig) -> None:
-    """Refuse options from flags on the tower's layers that the saved projector, which is kept, does not have.
-
-    LLaVA's scripts always name a single layer; a projector that combines several ignores it, as a fresh one does.
-    """
-    num_states = base.vision_config.num_hidden_layers + 1  # the embeddings' state comes first
-    asked, kept = model.projector.options, base.projector_config
-    layers = [layer % num_states for layer in asked.get("vision_layers", kept.vision_layers)]
-    kept_layers = [layer % num_states for layer in kept.vision_layers]
-    name = base.projector["name"]
-    advice = f"name it to start a fresh one (--mm_projector_type {name}), or drop the flag"
-    if len(layers) == 1 < len(kept_layers):
-        logger.warning("--mm_vision_select_layer is not applied: the saved %s combines several layers", name)
-    elif layers != kept_layers:
-        raise UserError(
-            f"--mm_vision_select_layer: the saved {name} projector reads layer(s) {list(kept.vision_layers)} and not "
-            f"{list(asked['vision_layers'])}; {advice}"
-        )
-    if asked.get("keep_cls_token", False) and not kept.keep_cls_token:
-        raise UserError(f"--mm_vision_select_feature cls_patch: the saved {name} projector reads none; {advice}")
 
 
 def build_dataset(
@@ -563,16 +324,10 @@ def load_weights(model: ModelConfig, model_config: LlavaSaepConfig, arguments: T
             built, model.quantization, compute_dtype=compute_dtype(arguments), device=arguments.device
         )
     # Where an output that holds only what changed finds the rest, wherever it is read from.
-    built.config.language_model_name_or_path = _as_lasting_path(model.language_model)
+    built.config.language_model_name_or_path = as_lasting_path(model.language_model)
     if built.config.vision_tower_name_or_path is not None:
-        built.config.vision_tower_name_or_path = _as_lasting_path(built.config.vision_tower_name_or_path)
+        built.config.vision_tower_name_or_path = as_lasting_path(built.config.vision_tower_name_or_path)
     return built
-
-
-def _as_lasting_path(name_or_path: str) -> str:
-    """Make the paths of folders absolute; of towers side by side, each."""
-    names = split_tower_names(name_or_path)
-    return ",".join(str(Path(name).resolve()) if Path(name).is_dir() else name for name in names)
 
 
 def choose_trainable(model: nn.Module, config: TrainingConfig, arguments: TrainingArguments) -> nn.Module:

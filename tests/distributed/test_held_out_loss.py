@@ -10,7 +10,8 @@ from llava_saep.arguments import parse_arguments
 from llava_saep.constants import IGNORE_INDEX
 from llava_saep.data.collator import ConversationCollator
 from llava_saep.model.loading import load_model
-from llava_saep.train.run import build_held_out_dataset, plan_model
+from llava_saep.train.planning import plan_model
+from llava_saep.train.run import build_held_out_dataset
 from tests.fixtures.ranks import train_on_ranks
 from tests.fixtures.tiny import TinyData, write_data
 from tests.fixtures.training import deepspeed_json, logged, training_flags

@@ -22,7 +22,7 @@ from llava_saep.commands import train as train_command
 from llava_saep.model.loading import build_processor, make_config, save_projector_weights
 from llava_saep.model.projector_selection import selection_from_config
 from llava_saep.train import distributed, train_mem
-from llava_saep.train.run import plan_model
+from llava_saep.train.planning import plan_model
 from projectors import select_projector
 from tests.fixtures.ranks import run_ranks, run_training
 from tests.fixtures.tiny import TEXT_HIDDEN_SIZE, VISION_HIDDEN_SIZE, TinyBases, TinyData, write_bases, write_data

@@ -16,7 +16,7 @@ from llava_saep.errors import UserError
 from llava_saep.generation import GenerationOptions, Predictor
 from llava_saep.model.llava_format import inspect_llava_folder
 from llava_saep.model.loading import load_model, load_processor
-from llava_saep.train.run import plan_model
+from llava_saep.train.planning import plan_model
 from tests.fixtures.ranks import train_on_ranks
 from tests.fixtures.tiny import TinyBases, write_bases, write_data, write_image
 from tests.fixtures.training import deepspeed_json, logged, training_flags

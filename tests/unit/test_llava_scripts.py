@@ -11,7 +11,7 @@ from llava_saep import arguments
 from llava_saep.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
 from llava_saep.model.quantization import QuantizationConfig
 from llava_saep.train.config import LoraConfig
-from llava_saep.train.run import read_deepspeed_config
+from llava_saep.train.deepspeed_config import read_deepspeed_config
 from tests.fixtures.llava_scripts import LLAVA_SCRIPTS, argument_list
 
 # The three dataclasses of llava/train/train.py.

@@ -13,7 +13,7 @@ from llava_saep.convert.run import convert
 from llava_saep.errors import UserError
 from llava_saep.model.loading import load_model, load_processor
 from llava_saep.train import train_mem
-from llava_saep.train.run import plan_model
+from llava_saep.train.planning import plan_model
 from tests.fixtures.ranks import train_on_ranks
 from tests.fixtures.tiny import write_data
 from tests.fixtures.training import logged

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llava_saep.errors import UserError
-from llava_saep.train.run import find_deepspeed_config, read_deepspeed_config
+from llava_saep.train.deepspeed_config import find_deepspeed_config, read_deepspeed_config
 
 FOLDER = Path(__file__).resolve().parents[3] / "deepspeed_configs"
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero2_offload": 2, "zero3_offload": 3}

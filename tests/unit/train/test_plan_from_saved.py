@@ -7,7 +7,7 @@ import pytest
 from llava_saep.arguments import parse_arguments
 from llava_saep.errors import UserError
 from llava_saep.model.loading import build_model, build_processor, build_tokenizer
-from llava_saep.train.run import plan_model
+from llava_saep.train.planning import plan_model
 from projectors import select_projector
 from tests.fixtures.tiny import VISION_LAYERS, write_bases
 

@@ -10,13 +10,8 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from llava_saep.arguments import parse_arguments
 from llava_saep.errors import UserError
-from llava_saep.train.run import (
-    check_deepspeed_agrees,
-    check_paths,
-    complete_deepspeed_config,
-    compute_dtype,
-    weights_dtype,
-)
+from llava_saep.train.deepspeed_config import check_deepspeed_agrees, complete_deepspeed_config
+from llava_saep.train.run import check_paths, compute_dtype, weights_dtype
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from llava_saep.arguments import parse_arguments
 from llava_saep.data.collator import ConversationCollator
 from llava_saep.errors import UserError
 from llava_saep.model.parts import build_tokenizer, complete_tokenizer
-from llava_saep.train.run import build_dataset, plan_model
+from llava_saep.train.planning import plan_model
+from llava_saep.train.run import build_dataset
 from tests.fixtures.tiny import TinyBases, write_bases, write_data
 from tests.fixtures.training import training_flags
 
@@ -76,14 +77,14 @@ def test_tokenizer_without_pad_and_unk_pads_with_its_end_which_stays_a_target():
 
 
 def test_tokenizer_with_nothing_to_pad_with_is_refused(bases, tmp_path, monkeypatch):
-    from llava_saep.train import run
+    from llava_saep.train import planning
 
     def read_without(*arguments):
         tokenizer = build_tokenizer(*arguments)
         tokenizer.pad_token = tokenizer.unk_token = tokenizer.eos_token = None
         return tokenizer
 
-    monkeypatch.setattr(run, "read_tokenizer", read_without)
+    monkeypatch.setattr(planning, "read_tokenizer", read_without)
     with pytest.raises(UserError, match=r"names no pad, unk or eos token.*\(\"pad_token\"\)"):
         plan(bases, tmp_path)
 
