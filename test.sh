@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Makes the environment, then runs the tests. Usage: ./test.sh [--slow] [arguments for pytest]
-#   --slow   the second tier alone: real launchers, whole training stages
+# Makes the environment, then runs the tests. Usage: ./test.sh [--slow | --compile] [arguments for pytest]
+#   --slow      the second tier alone: real launchers, whole training stages
+#   --compile   those that build DeepSpeed's C++ operators first (needs a compiler, and minutes the first time)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 . scripts/environment.sh
@@ -9,8 +10,9 @@ tier="not slow"
 arguments=()
 for argument in "$@"; do
     case $argument in
-        --slow) tier="slow" ;;
-        -h | --help) sed -n '2,3s/^# *//p' "$0"; exit 0 ;;
+        --slow) tier="slow and not compiles" ;;
+        --compile) tier="compiles" ;;
+        -h | --help) sed -n '2,4s/^# *//p' "$0"; exit 0 ;;
         *) arguments+=("$argument") ;;
     esac
 done

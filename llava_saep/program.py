@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 from llava_saep.errors import UserError
@@ -27,14 +28,21 @@ class AbbreviatingParser(argparse.ArgumentParser):
         self.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('-', '_')}")), **kwargs)
 
 
+def quieten_adapters() -> None:
+    """Leave out what peft's loading says to no use here; call it before peft is imported."""
+    # It asks transformers by an old name.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated", category=FutureWarning)
+    # It imports bitsandbytes, which recommends a kernel on some processors that nothing here would use.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
 def run_program(name: str, main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """Run a program, turning the caller's mistakes into one message.
 
     Returns:
         the exit code: what `main` returns, 2 for the caller's mistakes, 130 after Ctrl-C.
     """
-    # peft imports bitsandbytes, which recommends a kernel on some processors that nothing here would use.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    quieten_adapters()
     # A projector named as package.module:Class is looked for in the working folder too, as `python -m` would.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())

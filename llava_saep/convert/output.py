@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llava_saep.errors import UserError
+from llava_saep.file_modes import share_like_folder
 
 
 def refuse_existing(path: Path) -> None:
@@ -34,6 +35,7 @@ def written_at_once(path: str | Path, *, is_folder: bool = True) -> Iterator[Pat
     try:
         yield partial
         refuse_existing(path)
+        share_like_folder(partial)
         partial.rename(path)
     finally:
         if is_folder:

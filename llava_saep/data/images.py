@@ -130,7 +130,7 @@ def _with_opened(
             _refuse_huge(path, image.size)
             return read(image)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such image file; check the image folder and the record's 'image'") from None
+        raise UserError(f"{path}: no such image file") from None
     except Image.DecompressionBombError as error:
         raise UserError(f"{path}: refused as a possible decompression bomb ({error})") from error
     except UserError:

@@ -190,7 +190,7 @@ class LlavaSaepForConditionalGeneration(LlavaStyleGeneration, LlavaSaepPreTraine
         self.post_init()
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """Save as transformers does.
+        """Save as transformers does, under this model's own names however the weights were gathered.
 
         Raises:
             UserError: the language model is quantised; its rounded weights would be no model that loads.
@@ -200,7 +200,8 @@ class LlavaSaepForConditionalGeneration(LlavaStyleGeneration, LlavaSaepPreTraine
                 f"{save_directory}: a language model in {self.quantization.bits} bits is not saved; load the model "
                 "without quantisation and save that, or use `llava-saep convert`"
             )
-        super().save_pretrained(save_directory, *args, **kwargs)
+        # transformers would rename them as its first Llava did where the model was read from a state dict.
+        super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Put another head in place, as the library does when it changes the vocabulary's size."""

@@ -114,6 +114,11 @@ class LlavaSaepProcessor(ProcessorMixin):
             use_im_start_end=config.mm_use_im_start_end,
         )
 
+    @classmethod
+    def _load_tokenizer_from_pretrained(cls, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+        # The library hands the image processor's backend to the tokenizer too, which would save it as its own.
+        return super()._load_tokenizer_from_pretrained(*args, **kwargs)
+
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> Any:
         """Write the processor as transformers does, and beside it the tokenizer.model that LLaVA needs, if any."""
         written = super().save_pretrained(save_directory, **kwargs)

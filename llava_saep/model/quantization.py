@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_saep.errors import UserError
+from llava_saep.program import quieten_adapters
 
 if TYPE_CHECKING:
     from llava_saep.model.modeling_llava_saep import LlavaSaepForConditionalGeneration
@@ -163,8 +164,7 @@ def _leave_weights_out(layer: nn.Module, state_dict: dict[str, Tensor], prefix: 
 
 def _quieten_bitsandbytes() -> None:
     """Leave out what it says on every import and in every step to no use here; call it before it is imported."""
-    # On some processors it recommends a kernel for repacked weights, which are not used here.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    quieten_adapters()
     logging.getLogger("bitsandbytes.autograd._functions").addFilter(_says_more_than_a_cast)
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_saep.errors import UserError
+from llava_saep.file_modes import share_like_folder
 
 logger = logging.getLogger(__name__)
 
@@ -372,6 +373,7 @@ def publish(staging: Path, output_dir: Path) -> None:
     A reader that finds config.json finds all of the model; each file appears whole (same file system). Weights of an
     earlier model of another kind are deleted, since a folder is taken for what the weights in it say.
     """
+    share_like_folder(staging)
     files = sorted(path for path in staging.rglob("*") if path.is_file())
     names = {path.relative_to(staging).as_posix() for path in files}
     for path in files:

@@ -23,6 +23,7 @@ import torch.distributed
 from tqdm import tqdm
 
 from llava_saep.errors import UserError
+from llava_saep.program import quieten_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -94,10 +95,7 @@ def quieten_libraries() -> None:
     """Leave out what libraries repeat on every rank or step to no use; call it before they are loaded."""
     for name in ("reduce_scatter_tensor", "all_gather_into_tensor"):  # DeepSpeed's calls, renamed in torch 2.13
         warnings.filterwarnings("ignore", message=rf".*{name}. is deprecated", category=FutureWarning)
-    # peft asks by the old name
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated", category=FutureWarning)
-    # peft imports bitsandbytes, which recommends a kernel on some processors
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    quieten_adapters()
     if not has_accelerator():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it finds nothing better
     if not is_rank_zero():

@@ -36,6 +36,7 @@ def plan_model(config: RunConfig) -> tuple[LlavaSaepProcessor, LlavaSaepConfig]:
     processor, model_config = _plan(config)
     check_special_tokens(processor.tokenizer, model_config.text_config.vocab_size)
     processor.apply_exif_orientation = config.data.apply_exif_orientation
+    model_config.image_aspect_ratio = config.data.image_aspect_ratio
     _check_named_layers(config.model, model_config)
     _warn_about_absent_tokens(config.data, model_config)
     side = model_config.vision_config.image_size

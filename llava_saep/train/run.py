@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -118,8 +119,7 @@ def check_paths(config: RunConfig) -> None:
         if config.model.quantization is not None:
             refuse_partitioning(settings, config.model.quantization)
     output_dir = Path(config.training.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir {output_dir}: is a file; expected a folder, or a new name")
+    _check_output_dir(output_dir)
     _check_inputs_outlive_output(config.model, output_dir)
 
 
@@ -130,6 +130,17 @@ def _check_data_paths(data: DataConfig) -> None:
     for flag, folder in (("image_folder", data.image_folder), ("eval_image_folder", data.eval_image_folder)):
         if folder is not None and not Path(folder).is_dir():
             raise UserError(f"--{flag} {folder}: no such folder")
+
+
+def _check_output_dir(output_dir: Path) -> None:
+    """Refuse a place in which no folder can be made or written to, before hours are spent on what goes there."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output_dir {output_dir}: is a file; expected a folder, or a new name")
+    place = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise UserError(f"--output_dir {output_dir}: {place} is a file, so that no folder can be made in it")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir {output_dir}: nothing can be written in {place}; choose another place")
 
 
 def _check_inputs_outlive_output(model: ModelConfig, output_dir: Path) -> None:
@@ -323,6 +334,8 @@ def load_weights(model: ModelConfig, model_config: LlavaSaepConfig, arguments: T
         quantize_language_model(
             built, model.quantization, compute_dtype=compute_dtype(arguments), device=arguments.device
         )
+        logger.info("the language model's linear layers are kept in %s", model.quantization)
+    built.config.image_aspect_ratio = model_config.image_aspect_ratio
     # Where an output that holds only what changed finds the rest, wherever it is read from.
     built.config.language_model_name_or_path = as_lasting_path(model.language_model)
     if built.config.vision_tower_name_or_path is not None:

@@ -24,6 +24,7 @@ from llava_saep.data.collator import SAMPLE_INDICES
 from llava_saep.data.dataset import ConversationDataset
 from llava_saep.data.sampler import LengthGroupedSampler, padding_share
 from llava_saep.errors import UserError
+from llava_saep.file_modes import share_like_folder
 from llava_saep.model.cached_features import CachedVisionFeatures
 from llava_saep.model.loading import load_projector_weights, read_weights_file
 from llava_saep.train import checkpointing, distributed, saving, universal
@@ -312,6 +313,7 @@ class LlavaTrainer(Trainer):
             described = checkpointing.describe_files(folder, rank=distributed.rank(), world_size=self.args.world_size)
             parts = distributed.gather_on_rank_zero(described)
             if self.args.should_save:
+                share_like_folder(folder)
                 files = {name: entry for part in parts for name, entry in part.items()}
                 checkpointing.write_manifest(folder, self.checkpoint_facts(), files)
         if self.args.should_save:

@@ -94,7 +94,7 @@ def test_training_parts_of_the_model_equals_one_process(kind, stage, alone, base
         slow(2, ("optimizer",), False),
         slow(3, ("param",), False),
         # DeepSpeed's own Adam, as in the shipped configs: a compiler works for minutes, once per machine.
-        slow(3, ("optimizer", "param"), True),
+        pytest.param(3, ("optimizer", "param"), True, marks=[pytest.mark.slow, pytest.mark.compiles]),
     ],
 )
 def test_training_with_offload_equals_one_process(stage, offload, compiled, alone, bases, conversations, tmp_path):

@@ -102,6 +102,12 @@ WRONG_FLAGS = {
 }
 
 
+def test_output_folder_that_cannot_be_made_ends_before_models_are_loaded(bases, data, tmp_path, refusal):
+    (tmp_path / "notes.txt").write_text("")
+    sentence = refusal(training_flags(bases, data, tmp_path / "notes.txt" / "run"))
+    assert "--output_dir" in sentence and f"{tmp_path / 'notes.txt'} is a file" in sentence
+
+
 @pytest.mark.parametrize("name", WRONG_FLAGS)
 def test_wrong_flag_ends_before_models_are_loaded(name, bases, data, tmp_path, refusal):
     projector, flags, words = WRONG_FLAGS[name]

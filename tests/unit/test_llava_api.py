@@ -57,7 +57,10 @@ def test_every_name_of_llavas_api_is_there():
     from llava_saep.conversation import SeparatorStyle, conv_templates
 
     assert (llava_saep.IMAGE_TOKEN_INDEX, llava_saep.IGNORE_INDEX) == (IMAGE_TOKEN_INDEX, -100) == (-200, -100)
+    from llava_saep.utils import disable_torch_init
+
     assert llava_saep.conv_templates is conv_templates
+    assert disable_torch_init() is None
     assert conv_templates["llava_v1"].sep_style is SeparatorStyle.TWO
     with pytest.raises(AttributeError, match="has no attribute 'load_pretrained'"):
         _ = llava_saep.load_pretrained

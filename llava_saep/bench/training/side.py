@@ -34,6 +34,7 @@ from llava_saep.bench.training.conversations import (
 from llava_saep.bench.training.models import build_own_model, build_stock_model, projector_config_for
 from llava_saep.bench.training.shapes import ModelShape
 from llava_saep.bench.training.work import Train
+from llava_saep.program import quieten_adapters
 from llava_saep.train import run
 from llava_saep.train.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainingConfig
 from llava_saep.train.lora import add_lora
@@ -128,6 +129,7 @@ class Failure:
 
 def run_side(side: Side, workload: TrainingWorkload, log_path: str, connection: Connection) -> None:
     """Be the process: told a batch size, build; for each "step" answer a `Step`, or for the last time a `Failure`."""
+    quieten_adapters()
     with _output_to(log_path):
         try:
             _train_as_told(side, workload, connection)
