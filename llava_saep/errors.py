@@ -6,3 +6,10 @@ class UserError(ValueError):
 
     Entry points print the message alone, without a traceback, and exit with code 2.
     """
+
+    def __init__(self, message: str) -> None:
+        if message.startswith("Caught "):
+            # A data loader re-raises what a worker raised with the worker's traceback as the only argument; the message
+            # is its last part.
+            message = message.rpartition(f"{type(self).__name__}: ")[2].strip()
+        super().__init__(message)

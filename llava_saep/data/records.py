@@ -71,9 +71,7 @@ class BadSampleError(UserError):
     """
 
     def __init__(self, message: str, source: SampleSource | None = None, cause: str = MALFORMED) -> None:
-        # A data loader re-raises what a worker raised with the worker's traceback as the only argument; the message
-        # is its last part.
-        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+        super().__init__(message)
         self.source = source
         self.cause = cause
 

@@ -53,6 +53,7 @@ class CheckpointFacts:
         zero_stage: DeepSpeed's stage; None without DeepSpeed.
         trainable: shape of each parameter that learns, by name.
         samples_per_step: of all ranks and accumulated batches; None: saved before this was written down.
+        num_rows: samples of the training data, or with packing the rows that hold them; None as above.
         is_resumable: False: weights alone were saved (`--save_only_model True`).
         quantization: `--bits` and its companions, in words; None: the language model is not rounded.
     """
@@ -62,6 +63,7 @@ class CheckpointFacts:
     zero_stage: int | None
     trainable: Mapping[str, tuple[int, ...]]
     samples_per_step: int | None = None
+    num_rows: int | None = None
     is_resumable: bool = True
     quantization: str | None = None
 
@@ -132,6 +134,7 @@ def write_manifest(
         "zero_stage": facts.zero_stage,
         "trainable": {name: list(shape) for name, shape in facts.trainable.items()},
         "samples_per_step": facts.samples_per_step,
+        "num_rows": facts.num_rows,
         "is_resumable": facts.is_resumable,
         "quantization": facts.quantization,
         "files": dict(sorted(files.items())),
@@ -168,6 +171,7 @@ def read_facts(folder: Path) -> CheckpointFacts:
         zero_stage=manifest["zero_stage"],
         trainable={name: tuple(shape) for name, shape in manifest["trainable"].items()},
         samples_per_step=manifest.get("samples_per_step"),
+        num_rows=manifest.get("num_rows"),
         is_resumable=manifest["is_resumable"],
         quantization=manifest.get("quantization"),  # manifests are older than quantised training
     )
@@ -280,6 +284,14 @@ def check_same_run(folder: Path, found: CheckpointFacts, current: CheckpointFact
             f"this one takes {current.samples_per_step} on {current.world_size}: its place in the data and its "
             "schedule count steps. Choose --per_device_train_batch_size and --gradient_accumulation_steps so that "
             f"their product with the number of ranks is {found.samples_per_step}, or start anew with --resume never"
+        )
+    if found.num_rows not in (None, current.num_rows):
+        logger.warning(
+            "%s was saved by a run on %d samples or packed rows, this one has %d: their order and the number of steps "
+            "differ, so some samples come twice in this epoch and others not at all",
+            folder,
+            found.num_rows,
+            current.num_rows,
         )
 
 

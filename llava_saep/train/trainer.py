@@ -294,6 +294,7 @@ class LlavaTrainer(Trainer):
                 if parameter.requires_grad
             },
             samples_per_step=self.get_total_train_batch_size(self.args),
+            num_rows=len(self.train_dataset),
             is_resumable=not self.args.save_only_model,
             quantization=None if self.base_model.quantization is None else str(self.base_model.quantization),
         )

@@ -211,12 +211,14 @@ def test_damaged_image_is_opened_once(make_dataset, tmp_path, monkeypatch):
     assert opened.count("broken.png") == 2  # two samples show it
 
 
-def test_a_folder_that_is_gone_ends_the_run(make_dataset, tmp_path, monkeypatch):
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_folder_that_is_gone_ends_the_run(num_workers, make_dataset, tmp_path, monkeypatch):
+    """In one sentence, also where a worker finds it, whose traceback comes along."""
     monkeypatch.setattr(dataset_module, "MAX_BAD_IN_A_ROW", 3)
     dataset = make_dataset([_record("red.png") for _ in range(8)], on_bad_image="skip")
     (tmp_path / "red.png").unlink()
-    with pytest.raises(UserError, match="3 samples in a row cannot be read; is the image folder still there.*red.png"):
-        dataset[0]
+    with pytest.raises(UserError, match="^3 samples in a row cannot be read; is the image folder still there.*red.png"):
+        list(DataLoader(dataset, batch_size=None, num_workers=num_workers))
 
 
 def test_account_names_what_was_left_out_replaced_and_cut(make_dataset, tmp_path):

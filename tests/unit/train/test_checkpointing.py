@@ -24,7 +24,7 @@ from llava_saep.train.checkpointing import (
 )
 
 FACTS = CheckpointFacts(
-    global_step=4, world_size=2, zero_stage=2, trainable={"projector.weight": (3, 4)}, samples_per_step=8
+    global_step=4, world_size=2, zero_stage=2, trainable={"projector.weight": (3, 4)}, samples_per_step=8, num_rows=64
 )
 
 
@@ -290,8 +290,17 @@ def test_resuming_on_another_number_of_ranks_is_no_other_run(tmp_path):
     check_same_run(tmp_path, FACTS, dataclasses.replace(FACTS, world_size=1))
 
 
-def test_checkpoint_saved_before_samples_were_written_down_is_still_resumed_from(tmp_path):
-    check_same_run(tmp_path, dataclasses.replace(FACTS, samples_per_step=None), FACTS)
+def test_checkpoint_saved_before_samples_were_written_down_is_still_resumed_from(tmp_path, caplog):
+    check_same_run(tmp_path, dataclasses.replace(FACTS, samples_per_step=None, num_rows=None), FACTS)
+    assert not caplog.records
+
+
+def test_run_on_other_data_goes_on_and_says_so(tmp_path, caplog):
+    """A record may have been mended meanwhile; only that it is not silent."""
+    with caplog.at_level(logging.WARNING):
+        check_same_run(tmp_path, FACTS, dataclasses.replace(FACTS, num_rows=65))
+    (record,) = caplog.records
+    assert "a run on 64 samples or packed rows, this one has 65" in record.getMessage()
 
 
 @pytest.mark.parametrize(
