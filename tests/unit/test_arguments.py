@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from llava_saep import arguments
-from llava_saep.arguments import own_flags, parse_arguments, translate_removed_flags
+from llava_saep.arguments import parse_arguments, translate_removed_flags
 from llava_saep.data.templates import TEMPLATE_NAMES
 from llava_saep.errors import UserError
+from llava_saep.flags import own_flags
 from llava_saep.model.quantization import QuantizationConfig
 from projectors import ProjectorError, registered_projectors
 from tests.fixtures.llava_scripts import LLAVA_SCRIPTS, argument_list

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import transformers
 
-from llava_saep import arguments
-from llava_saep.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
+from llava_saep import flags
+from llava_saep.arguments import parse_arguments
+from llava_saep.flags import DataArguments, ModelArguments, TrainingArguments
 from llava_saep.model.quantization import QuantizationConfig
 from llava_saep.train.config import LoraConfig
 from llava_saep.train.deepspeed_config import read_deepspeed_config
@@ -85,7 +86,7 @@ def shortest_abbreviation(flag):
 
 
 def test_no_flag_of_llava_counts_as_one_that_was_added():
-    assert set(LLAVA_FLAGS) == arguments.LLAVA_FLAGS
+    assert set(LLAVA_FLAGS) == flags.LLAVA_FLAGS
 
 
 @pytest.mark.parametrize("flag", LLAVA_FLAGS)
