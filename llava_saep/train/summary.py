@@ -74,9 +74,14 @@ class LossRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSummary:
-    """Everything that the page says; `seconds` and `tokens_per_second` are of this session, if the run was resumed."""
+    """Everything that the page says.
+
+    Of a run that was resumed, samples that were replaced or cut, micro-batches left out, `seconds`,
+    `tokens_per_second` and the peak of memory are those since step `resumed_at`; None: it was not.
+    """
 
     outcome: str
+    resumed_at: int | None
     command: str
     output_dir: str
     checkpoints: Sequence[str]
@@ -210,6 +215,7 @@ def summarize(
     complete = [path for path in checkpointing.list_checkpoints(Path(args.output_dir)) if is_complete(path)]
     return TrainingSummary(
         outcome=outcome,
+        resumed_at=clock.first_step or None,
         command=shlex.join(sys.argv),
         output_dir=str(Path(args.output_dir).resolve()),
         checkpoints=[path.name for path in complete],
@@ -283,12 +289,17 @@ def _run_lines(summary: TrainingSummary) -> list[str]:
     checkpoints = ", ".join(summary.checkpoints) or "none"
     return [
         _line("outcome", summary.outcome),
+        *([] if summary.resumed_at is None else [_line("resumed", _since(summary.resumed_at))]),
         _line("command", summary.command),
         _line("output", f"{summary.output_dir} (checkpoints: {checkpoints})"),
         _line("ranks", f"{summary.world_size}{split}, {summary.precision}"),
         _line("versions", ", ".join(f"{name} {version}" for name, version in summary.versions.items())),
         *([_line("commit", summary.commit)] if summary.commit else []),
     ]
+
+
+def _since(step: int) -> str:
+    return f"at step {step:,}; samples replaced, cut and left out, time and memory are since then"
 
 
 def _model_lines(summary: TrainingSummary) -> list[str]:
@@ -367,7 +378,7 @@ def _at(record: tuple[float, int]) -> str:
 
 
 def _cost_lines(summary: TrainingSummary) -> list[str]:
-    speed = "" if summary.tokens_per_second is None else f", {summary.tokens_per_second:,.0f} tokens/s in this session"
+    speed = "" if summary.tokens_per_second is None else f", {summary.tokens_per_second:,.0f} tokens/s"
     lines = [_line("time", f"{describe_seconds(summary.seconds)}{speed}")]
     if summary.peak_memory_bytes is not None:
         lines.append(_line("peak memory", f"{summary.peak_memory_bytes / 2**30:.2f} GiB on a rank"))

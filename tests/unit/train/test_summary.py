@@ -63,6 +63,7 @@ def summary(**fields) -> TrainingSummary:
     return TrainingSummary(
         **{
             "outcome": "finished",
+            "resumed_at": None,
             "command": "train_mem.py --stage pretrain",
             "output_dir": "out",
             "checkpoints": ["checkpoint-3"],
@@ -113,6 +114,11 @@ def test_page_says_what_a_reader_asks():
         "checkpoint-3",
     ):
         assert words in page, words
+
+
+def test_page_of_a_resumed_run_says_since_when_it_counts():
+    assert "resumed" not in render(summary())
+    assert "at step 1,500; samples replaced, cut and left out" in render(summary(resumed_at=1500))
 
 
 def test_json_and_text_lie_in_the_output_folder(tmp_path):
