@@ -48,9 +48,10 @@ def open_feature_cache(trainer: LlavaTrainer, dataset: ConversationDataset, conf
     store.open()
     pinpoints = dataset.image_grid_pinpoints if config.image_aspect_ratio == "anyres" else ()
     bytes_per_image = _bytes_per_image(model.config, dataset.image_size, pinpoints, tower.dtype)
-    _announce(store, dataset.num_images, bytes_per_image)
-    for conversations in filter(None, (dataset, trainer.eval_dataset)):
-        conversations.use_feature_store(store)
+    datasets = [each for each in (dataset, trainer.eval_dataset) if each is not None]
+    _announce(store, sum(each.num_images for each in datasets), bytes_per_image)
+    for each in datasets:
+        each.use_feature_store(store)
     trainer.cached_features = CachedVisionFeatures(
         store,
         tower,
