@@ -7,6 +7,7 @@ attention per segment. Where there are no segments (generation, padded batches) 
 
 from __future__ import annotations
 
+import functools
 import inspect
 from dataclasses import dataclass
 
@@ -220,11 +221,17 @@ def _attend_each_segment(
 ) -> Tensor:
     """Attend within each segment of a row (1, heads, batch * length, head_size) -> the same shape as `query`."""
     if cu_seq_lens is not None:
-        lengths = cu_seq_lens.diff().tolist()
+        lengths = _lengths_between(cu_seq_lens)
     else:
         lengths = _segment_lengths(position_ids, batch_size, query.shape[2] // batch_size)
     segments = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
     return torch.cat([attend(*segment, None, is_causal=True) for segment in segments], dim=2)
+
+
+@functools.lru_cache(maxsize=2)  # read once for all layers of a batch: on a GPU it waits for everything before it
+def _lengths_between(cu_seq_lens: Tensor) -> tuple[int, ...]:
+    """Return what lies between boundaries; a tensor is its own key, and must not be written to."""
+    return tuple(cu_seq_lens.diff().tolist())
 
 
 def _segment_lengths(position_ids: Tensor | None, batch_size: int, length: int) -> list[int]:

@@ -87,6 +87,17 @@ def test_segments_are_found_in_the_positions_where_nothing_else_tells_them(model
     check_equal(loss_and_gradients(model, [without_boundaries(packed_row())]), expected)
 
 
+def test_boundaries_are_read_once_per_batch_and_not_in_each_layer():
+    """Reading them from a GPU waits for all that was started before."""
+    model = tiny_text_model("llama")
+    use_segment_attention(model)
+    assert model.config.num_hidden_layers > 1
+    before = segment_attention._lengths_between.cache_info().misses
+    for num_batches in (1, 2):
+        loss_and_gradients(model, [packed_row()])
+        assert segment_attention._lengths_between.cache_info().misses == before + num_batches
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_recomputing_a_block_changes_nothing(reentrant):
     model = tiny_text_model("llama")
