@@ -66,7 +66,7 @@ def test_job_is_queued_again_after_its_time_and_goes_on(slurm, bases, conversati
     with log.open("w") as file:
         job = submit(command, slurm, file)
         deadline = time.monotonic() + 150
-        while "'loss'" not in log.read_text() and job.poll() is None and time.monotonic() < deadline:
+        while ": loss " not in log.read_text() and job.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
         for pid in (tmp_path / "pids").read_text().split():
             os.kill(int(pid), signal.SIGUSR1)
