@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,15 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
         }
     return description
+
+
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """What `describe_machine` has found, in the few words that stand above a table."""
+    hardware = f"{machine['processor']}, {machine['num_threads']} of {machine['num_cores']} cores"
+    if "gpu" in machine:
+        hardware = f"{machine['gpu']} ({machine['gpu_memory_bytes'] / GIB:.0f} GiB)"
+    at_commit = f" at {machine['commit']}" if machine["commit"] else ""
+    return f"{hardware}, torch {machine['torch']}, llava-saep {machine['llava_saep']}{at_commit}"
 
 
 def processor_name() -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from llava_saep.bench.machine import GIB
+from llava_saep.bench.machine import GIB, machine_line
 from llava_saep.commands.projectors.text import columns, wrapped
 
 _TERA = 10**12
@@ -53,8 +53,7 @@ def heading_lines(document: Mapping[str, Any]) -> list[str]:
         f"shape {settings['preset']}: {_shape_words(settings['shape'])}",
         f"batch of {settings['batch_size']}, texts of {texts['shortest']} to {texts['longest']} tokens, "
         f"{texts['supervised_share']:.0%} of them learned; {', '.join(extras)}",
-        f"{_hardware(machine)}, torch {machine['torch']}, llava-saep {machine['llava_saep']}"
-        + (f" at {machine['commit']}" if machine["commit"] else ""),
+        machine_line(machine),
     ]
 
 
@@ -64,12 +63,6 @@ def _shape_words(shape: Row) -> str:
         f"{shape['patch_size']}; language model {shape['text_hidden_size']} wide, {shape['num_text_layers']} blocks, "
         f"vocabulary {shape['vocab_size']:,}"
     )
-
-
-def _hardware(machine: Row) -> str:
-    if "gpu" in machine:
-        return f"{machine['gpu']} ({machine['gpu_memory_bytes'] / GIB:.0f} GiB)"
-    return f"{machine['processor']}, {machine['num_threads']} of {machine['num_cores']} cores"
 
 
 def _speed_rows(rows: Sequence[Row]) -> list[tuple[str, ...]]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from llava_saep.bench.machine import GIB
+from llava_saep.bench.machine import machine_line
 from llava_saep.bench.profiling import Copies, StepProfile
 from llava_saep.commands.projectors.text import columns, wrapped
 
@@ -55,15 +55,8 @@ def heading_lines(document: Mapping[str, Any]) -> list[str]:
     return [
         f"batch of {settings['batch_size']}, {settings['dtype']}, {height} x {grid_width} patches of "
         f"{settings['vision_hidden_size']} channels into {settings['text_hidden_size']}, {', '.join(extras)}",
-        f"{_hardware(machine)}, torch {machine['torch']}, llava-saep {machine['llava_saep']}"
-        + (f" at {machine['commit']}" if machine["commit"] else ""),
+        machine_line(machine),
     ]
-
-
-def _hardware(machine: Mapping[str, Any]) -> str:
-    if "gpu" in machine:
-        return f"{machine['gpu']} ({machine['gpu_memory_bytes'] / GIB:.0f} GiB)"
-    return f"{machine['processor']}, {machine['num_threads']} of {machine['num_cores']} cores"
 
 
 def _work_rows(rows: Sequence[Row]) -> list[tuple[str, ...]]:
