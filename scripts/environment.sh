@@ -30,7 +30,7 @@ installed_torch() {
 import importlib.metadata, importlib.util, pathlib, sys
 spec = importlib.util.find_spec("torch")
 version = importlib.metadata.version("torch") if spec else "0"
-if tuple(int(part) for part in version.split("+")[0].split(".")[:2]) < (2, 6):
+if tuple(int(part) for part in version.split("+")[0].split(".")[:2]) < (2, 10):
     sys.exit(1)
 print(version.split("+")[0], pathlib.Path(spec.origin).parent.parent)
 PY
