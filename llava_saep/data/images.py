@@ -55,7 +55,7 @@ MAX_SIDE_RATIO = 200
 
 _REDUCING_GAP = 2
 
-_DECODER_ERRORS = (
+DECODER_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -96,7 +96,7 @@ def load_image(
             height, width = smallest_size(ImageSize(image.height, image.width))
             image.draft(None, (width, height))  # other formats than JPEG ignore it
         image.load()
-        return _to_rgb(turn_upright(image) if apply_exif_orientation else image)
+        return to_rgb(turn_upright(image) if apply_exif_orientation else image)
 
     return _with_opened(path, load, name)
 
@@ -135,7 +135,7 @@ def _with_opened(
         raise UserError(f"{path}: refused as a possible decompression bomb ({error})") from error
     except UserError:
         raise
-    except _DECODER_ERRORS as error:
+    except DECODER_ERRORS as error:
         raise UserError(f"{path}: cannot be read as an image ({error}); replace the file or leave it out") from error
 
 
@@ -158,12 +158,12 @@ def preprocess_image(
     """
     check_aspect_ratio(aspect_ratio)
     if image.mode != "RGB":
-        image = _to_rgb(image)
+        image = to_rgb(image)
     if aspect_ratio == "anyres":
         crops = cut_into_crops(image, processed_image_size(image_processor), grid_pinpoints)
         # They have their size. DINOv2's processor would enlarge each and cut its margins off.
         return image_processor(crops, do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
-    _refuse_thin(image.size)
+    refuse_thin(image.size)
     if aspect_ratio == "pad":
         image = expand_to_square(image, mean_color(image_processor))
     return image_processor(image, return_tensors="pt")["pixel_values"][0]
@@ -314,7 +314,7 @@ def fit_on_black(image: Image.Image, target: ImageSize) -> Image.Image:
     return picture
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Convert as LLaVA does."""
     if image.mode.startswith("I"):
         _warn_about_clipping(image.mode)
@@ -338,7 +338,7 @@ def _refuse_huge(path: str | os.PathLike[str], size: tuple[int, int]) -> None:
         )
 
 
-def _refuse_thin(size: tuple[int, int]) -> None:
+def refuse_thin(size: tuple[int, int]) -> None:
     """Refuse images that are cheap to store but whose square or short-edge resize would fill the memory."""
     width, height = size
     if max(size) > MAX_SIDE_RATIO * min(size):
