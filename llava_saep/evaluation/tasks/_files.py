@@ -1,0 +1,142 @@
+"""Reading what benchmarks publish and what models answered, with errors that name file and line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_saep.errors import UserError
+from llava_saep.evaluation.questions import read_questions
+
+from ._base import Answer, TaskQuestion
+
+
+def read_text(path: Path) -> str:
+    """Text of a UTF-8 file, with or without a byte order mark.
+
+    Raises:
+        UserError: the file is absent or no UTF-8 text.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file. `llava-saep eval doctor` says where to get it.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+
+
+def read_json(path: Path, kind: type) -> Any:
+    """Content of a JSON file, which must be a `kind` (list or dict).
+
+    Raises:
+        UserError: the file is absent, no JSON, or holds something else.
+    """
+    try:
+        content = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: is not JSON ({error})") from error
+    if not isinstance(content, kind):
+        raise UserError(f"{path}: expected a JSON {kind.__name__}, found {type(content).__name__}")
+    return content
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a file with one JSON object per line.
+
+    Raises:
+        UserError: the file is absent, or a line is no JSON object.
+    """
+    records = []
+    for place, record in _parsed_lines(path):
+        if record is None:
+            raise UserError(f"{place}: expected a JSON object")
+        records.append(record)
+    return records
+
+
+def _parsed_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """(place, object) per line that is not blank; None for what is no JSON object."""
+    # Not splitlines: it also cuts at characters such as U+2028, which JSON leaves inside of texts.
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            record = None
+        yield f"{path}, line {number}", record if isinstance(record, dict) else None
+
+
+def required(record: Mapping[str, Any], name: str, place: str) -> Any:
+    """A field of a record; UserError with the fields that are there when it lacks."""
+    if name not in record:
+        raise UserError(f"{place}: lacks {name!r}; it has {', '.join(map(repr, record)) or 'nothing'}")
+    return record[name]
+
+
+@dataclass(frozen=True)
+class AnswerFile:
+    """Answers in the order of their lines, and how many lines could not be read."""
+
+    answers: tuple[Answer, ...]
+    num_broken_lines: int
+
+
+def read_answer_file(path: Path) -> AnswerFile:
+    """Read an answer file and count the lines that are no JSON, as LLaVA's converters do.
+
+    Raises:
+        UserError: the file is absent, or a JSON line lacks question_id or text.
+    """
+    parsed = list(_parsed_lines(path))
+    answers = tuple(_answer(record, place) for place, record in parsed if record is not None)
+    return AnswerFile(answers, len(parsed) - len(answers))
+
+
+def read_answers(path: Path) -> list[Answer]:
+    """Answers of a file, LLaVA's or ours, in the order of its lines.
+
+    Raises:
+        UserError: the file is absent, or a line is no JSON object with question_id and text.
+    """
+    read_json_lines(path)
+    return list(read_answer_file(path).answers)
+
+
+def _answer(record: dict[str, Any], place: str) -> Answer:
+    question_id, text = required(record, "question_id", place), required(record, "text", place)
+    if isinstance(question_id, bool) or not isinstance(question_id, str | int) or not isinstance(text, str):
+        raise UserError(f"{place}: expected question_id (text or integer) and text, found {question_id!r} and {text!r}")
+    prompt = record.get("prompt", "")
+    return Answer(question_id=question_id, text=text, prompt=prompt if isinstance(prompt, str) else "", fields=record)
+
+
+def read_task_questions(path: Path, image_folder: Path) -> list[TaskQuestion]:
+    """Questions of one of LLaVA's question files, images below `image_folder`; errors as `read_questions`."""
+    return [
+        TaskQuestion(
+            question_id=question.question_id,
+            text=question.text,
+            prompt=question.text,
+            images=() if question.image is None else (image_folder / question.image,),
+            category=question.category,
+        )
+        for question in read_questions(path, ids_are_unique=False)
+    ]
+
+
+def write_json(path: Path, content: Any, indent: int | None = None) -> Path:
+    """Write a JSON file, folders included, and return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=indent), encoding="utf-8")
+    return path
+
+
+def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> Path:
+    """Write one JSON object per line, folders included, and return the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path

@@ -1,0 +1,74 @@
+"""Which answer belongs to which question, with everything that does not fit counted."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ._base import Answer, Exclusion, TaskQuestion
+
+NUM_EXAMPLES = 5
+
+
+@dataclass(frozen=True)
+class MatchedAnswers:
+    """One entry per question, None where there is no answer; and what did not fit."""
+
+    answers: tuple[Answer | None, ...]
+    exclusions: tuple[Exclusion, ...]
+
+    @property
+    def texts(self) -> list[str | None]:
+        """The generated text per question."""
+        return [None if answer is None else answer.text for answer in self.answers]
+
+
+def match_answers(questions: Sequence[TaskQuestion], answers: Sequence[Answer]) -> MatchedAnswers:
+    """Give each question its answer.
+
+    By id and round where these are unique, else by the prompt too: TextVQA and MME have several questions per id. Of
+    several answers to one question the last one counts, as in LLaVA's scorers.
+    """
+    ids_suffice = len({_short_key(question.key) for question in questions}) == len(questions)
+    key_of = _short_key if ids_suffice else tuple
+    waiting: dict[Hashable, list[Answer]] = defaultdict(list)
+    for answer in answers:
+        waiting[key_of(answer.key)].append(answer)
+    wanted: dict[Hashable, int] = defaultdict(int)
+    for question in questions:
+        wanted[key_of(question.key)] += 1
+    unknown = [answer for answer in answers if key_of(answer.key) not in wanted]
+    doubled = [answer for key, given in waiting.items() if key in wanted for answer in given[: -wanted[key]]]
+    kept = {key: list(reversed(given[-wanted[key] :])) for key, given in waiting.items() if key in wanted}
+    matched = tuple(kept[key].pop() if kept.get(key := key_of(question.key)) else None for question in questions)
+    missing = [question for question, answer in zip(questions, matched, strict=True) if answer is None]
+    return MatchedAnswers(
+        matched,
+        collect_exclusions(
+            exclusion("questions without an answer", "counted as wrong", (q.question_id for q in missing)),
+            exclusion("answers that a later one replaces", "ignored", (a.question_id for a in doubled)),
+            exclusion("answers to no question", "ignored", (a.question_id for a in unknown)),
+        ),
+    )
+
+
+def _short_key(key: tuple[str, str, int]) -> tuple[str, int]:
+    question_id, _, round_id = key
+    return question_id, round_id
+
+
+def exclusion(
+    reason: str, effect: Literal["counted as wrong", "left out", "ignored"], ids: Iterable[Any]
+) -> Exclusion | None:
+    """Count of the ids with the first of them as examples; None for none."""
+    named = [str(each) for each in ids]
+    if not named:
+        return None
+    return Exclusion(reason=reason, count=len(named), effect=effect, examples=tuple(named[:NUM_EXAMPLES]))
+
+
+def collect_exclusions(*exclusions: Exclusion | None) -> tuple[Exclusion, ...]:
+    """Those that count something."""
+    return tuple(each for each in exclusions if each is not None)
