@@ -12,7 +12,7 @@ from PIL import Image
 
 from llava_saep.data.remote_images import find_image
 from llava_saep.errors import UserError
-from llava_saep.generation import GenerationOptions, Message, Predictor
+from llava_saep.generation import GenerationOptions, LocalEngine, Message
 from llava_saep.model.quantization import QuantizationConfig
 from llava_saep.program import AbbreviatingParser
 
@@ -30,7 +30,7 @@ Type a question and press Enter. Commands:
 class ChatSession:
     """One conversation: its messages, and the images that wait for the next question."""
 
-    predictor: Predictor
+    engine: LocalEngine
     options: GenerationOptions
     messages: list[Message] = field(default_factory=list)
     waiting_images: list[Path | Image.Image] = field(default_factory=list)
@@ -50,9 +50,9 @@ class ChatSession:
         Raises:
             UserError: the model's conversation template has no place for one.
         """
-        template = self.predictor.template
-        if not template.takes_system:
-            raise UserError(f"the model's conversation template {template.name!r} has no place for a system prompt")
+        model = self.engine.description
+        if not model.takes_system:
+            raise UserError(f"the model's conversation template {model.template!r} has no place for a system prompt")
         self.messages = [{"role": "system", "content": text}]
 
     def undo(self) -> bool:
@@ -76,7 +76,7 @@ class ChatSession:
         parts.append({"type": "text", "text": question})
         messages = [*self.messages, {"role": "user", "content": parts}]
         answer = ""
-        stream = self.predictor.stream(messages, self.options)
+        stream = self.engine.stream(messages, self.options)
         try:
             for piece in stream:
                 answer += piece
@@ -87,7 +87,7 @@ class ChatSession:
             output.write(" [stopped]")
         output.write("\n")
         if self.shows_prompts:
-            output.write(f"{ {'prompt': self.predictor.prompt_text(messages), 'outputs': answer} }\n")
+            output.write(f"{ {'prompt': self.engine.predictor.prompt_text(messages), 'outputs': answer} }\n")
         self.messages = [*messages, {"role": "assistant", "content": answer.strip() or "..."}]
         self.waiting_images = []
         return answer
@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     options = GenerationOptions(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p)
     images = [find_image(path) for path in args.image_file]  # before the model is loaded, which may take long
-    predictor = Predictor.from_pretrained(
+    engine = LocalEngine.from_pretrained(
         args.model_path,
         device=args.device,
         trust_projector_code=args.trust_projector_code,
@@ -201,13 +201,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         model_base=args.model_base,
         template=args.conv_mode,
     )
-    session = ChatSession(predictor, predictor.fit(options), waiting_images=images, shows_prompts=args.debug)
+    session = ChatSession(engine, engine.predictor.fit(options), waiting_images=images, shows_prompts=args.debug)
     if args.query is not None:
         session.ask(args.query, sys.stdout)
         return 0
     interactive = sys.stdin.isatty()
     if interactive:
-        projector = predictor.model.config.projector["name"]
-        print(f"{args.model_path}: {projector} projector, {predictor.num_image_tokens} tokens per image. Try /help.")
+        model = engine.description
+        print(f"{args.model_path}: {model.projector} projector, {model.tokens_per_image} tokens per image. Try /help.")
     chat_loop(session, sys.stdin, sys.stdout, interactive)
     return 0

@@ -97,7 +97,7 @@ def test_tokens_stand_around_images_in_training_and_in_answers(stage_1, bases, d
     assert "<im_start><image><im_end>\nHi" in processor.apply_chat_template(messages)
     image = write_image(tmp_path / "image.png")
     predictor = Predictor(model, processor)
-    ids = predictor._prompt([{"role": "user", "content": [{"type": "image", "image": image}]}]).input_ids
+    ids = predictor.encode([{"role": "user", "content": [{"type": "image", "image": image}]}]).input_ids
     first = ids.index(400)
     num_tokens = predictor.num_image_tokens
     assert ids[first : first + num_tokens + 2] == [400, *[402] * num_tokens, 401]

@@ -1,4 +1,4 @@
-"""The terminal chat: its commands and its memory, with a predictor that records what it is asked."""
+"""The terminal chat: its commands and its memory, with an engine that records what it is asked."""
 
 import functools
 import io
@@ -15,12 +15,12 @@ from llava_saep.serve.chat import ChatSession, chat_loop, run_command
 from tests.fixtures.tiny import write_image
 
 
-class RecordingPredictor:
+class RecordingEngine:
     """Answers with the number of messages that it was given."""
 
     def __init__(self):
         self.seen = []
-        self.template = SimpleNamespace(name="v1", takes_system=True)
+        self.description = SimpleNamespace(template="v1", takes_system=True)
 
     def stream(self, messages, options):
         self.seen.append(messages)
@@ -30,7 +30,7 @@ class RecordingPredictor:
 
 @pytest.fixture
 def session():
-    return ChatSession(RecordingPredictor(), GenerationOptions())
+    return ChatSession(RecordingEngine(), GenerationOptions())
 
 
 def run(session, text):
@@ -42,7 +42,7 @@ def run(session, text):
 def test_turns_are_remembered_and_images_go_with_the_next_question_only(session, tmp_path):
     image = write_image(tmp_path / "an image.png")
     output = run(session, f"/image '{image}'\nwhat?\n\nand now?\n")
-    first, second = session.predictor.seen
+    first, second = session.engine.seen
     content = [{"type": "image", "image": image}, {"type": "text", "text": "what?"}]
     assert first == [{"role": "user", "content": content}]
     assert second[0] == first[0] and second[1] == {"role": "assistant", "content": "answer 1"}
@@ -62,7 +62,7 @@ def test_clear_keeps_the_system_prompt(session):
 
 
 def test_template_without_system_prompt_refuses_one(session):
-    session.predictor.template.takes_system = False
+    session.engine.description.takes_system = False
     assert "no place for a system prompt" in run(session, "/system Be brief.\n")
     assert session.messages == []
 
@@ -70,7 +70,7 @@ def test_template_without_system_prompt_refuses_one(session):
 def test_mistakes_are_answered_and_the_chat_goes_on(session, tmp_path):
     output = run(session, f"/image {tmp_path}/none.png\n/nonsense\nhello\n/exit\nnot read\n")
     assert "none.png" in output and "unknown or incomplete command '/nonsense'" in output
-    assert len(session.predictor.seen) == 1
+    assert len(session.engine.seen) == 1
 
 
 def test_failed_answer_leaves_the_conversation_as_it_was(session, tmp_path):
@@ -81,7 +81,7 @@ def test_failed_answer_leaves_the_conversation_as_it_was(session, tmp_path):
         raise UserError("too long")
         yield
 
-    session.predictor.stream = fail
+    session.engine.stream = fail
     assert "too long" in run(session, "what?\n")
     assert session.messages == [] and session.waiting_images == [image]
 
@@ -119,5 +119,5 @@ def test_address_without_an_image_is_named(session, tmp_path, address):
 
 def test_prompt_is_shown_when_it_is_asked_for(session):
     session.shows_prompts = True
-    session.predictor.prompt_text = lambda messages: f"the text of {len(messages)}"
+    session.engine.predictor = SimpleNamespace(prompt_text=lambda messages: f"the text of {len(messages)}")
     assert run(session, "one\n").endswith("{'prompt': 'the text of 1', 'outputs': 'answer 1'}\n")

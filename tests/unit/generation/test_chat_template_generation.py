@@ -11,7 +11,7 @@ from llava_saep.data.collator import ConversationCollator
 from llava_saep.data.dataset import ConversationDataset
 from llava_saep.data.templates import TEMPLATE_NAMES, conversation_template
 from llava_saep.errors import UserError
-from llava_saep.generation import GenerationOptions, Predictor
+from llava_saep.generation import GenerationOptions, LocalEngine, Predictor
 from llava_saep.model.loading import build_model, build_processor, build_tokenizer
 from llava_saep.model.processing_llava_saep import LlavaSaepProcessor
 from projectors import select_projector
@@ -103,11 +103,13 @@ def test_a_saved_model_answers_as_it_was_trained(tmp_path, family):
     _learn_by_heart(model, sample)
     model.save_pretrained(tmp_path / "saved")
     processor.save_pretrained(tmp_path / "saved")
-    predictor = Predictor.from_pretrained(tmp_path / "saved", device="cpu")
+    engine = LocalEngine.from_pretrained(tmp_path / "saved", device="cpu")
     options = GenerationOptions(max_new_tokens=30)
     for position, answer in enumerate(ANSWERS):
-        assert predictor.generate([_questions(tmp_path, position)], options) == [answer]
-        assert "".join(predictor.stream(_questions(tmp_path, position), options)) == answer
+        assert engine.predictor.generate([_questions(tmp_path, position)], options) == [answer]
+        stream = engine.stream(_questions(tmp_path, position), options)
+        assert "".join(stream) == answer
+        assert stream.statistics.finish_reason == "stop"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -116,7 +118,7 @@ def test_prompts_of_a_saved_processor_begin_the_training_text(tmp_path, family):
     sample = _dataset(tmp_path, model, processor)[0]
     processor.save_pretrained(tmp_path / "saved")
     predictor = Predictor(model, type(processor).from_pretrained(tmp_path / "saved"))
-    ids = predictor._prompt(_questions(tmp_path, 1)).input_ids
+    ids = predictor.encode(_questions(tmp_path, 1)).input_ids
     assert sample["input_ids"].tolist()[: len(ids)] == ids
     assert sample["labels"][len(ids)] != IGNORE_INDEX
     text = predictor.processor.apply_chat_template(_questions(tmp_path, 1), add_generation_prompt=True, tokenize=False)
@@ -140,7 +142,7 @@ def test_processor_and_predictor_ask_alike(tmp_path, name):
     messages = _questions(tmp_path, 1)
     text = predictor.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     inputs = predictor.processor(images=[str(tmp_path / "a.png")], text=text)
-    assert inputs["input_ids"][0].tolist() == predictor._prompt(messages).input_ids
+    assert inputs["input_ids"][0].tolist() == predictor.encode(messages).input_ids
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused_before_the_model_is_made(tmp_path):

@@ -1,51 +1,14 @@
-"""Predictor: batches, streams, prompts and their limits. The models are random; what matters is that paths agree."""
+"""Predictor: batches, prompts and their limits. The models are random; what matters is that paths agree."""
 
 import pytest
 import torch
 from PIL import Image
 
 from llava_saep.errors import UserError
-from llava_saep.generation import GenerationOptions, Predictor, _without_stop_strings, parse_messages
-from llava_saep.model.loading import build_model, build_processor, build_tokenizer
-from projectors import select_projector
-from tests.fixtures.tiny import write_bases, write_image
+from llava_saep.generation import GenerationOptions, Predictor, parse_messages
+from tests.fixtures.conversations import ask
 
 GREEDY = GenerationOptions(max_new_tokens=8, temperature=0.0)
-
-
-@pytest.fixture(scope="module", params=["saep", "mlp2x_gelu"])
-def predictor(request, tmp_path_factory):
-    bases = write_bases(tmp_path_factory.mktemp("bases"))
-    tokenizer = build_tokenizer(str(bases.language_model))
-    torch.manual_seed(0)
-    model = build_model(
-        language_model=str(bases.language_model),
-        vision_tower=str(bases.vision_tower),
-        projector=select_projector(request.param),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-    )
-    with torch.no_grad():  # a random projector's output is too faint to change a random language model's words
-        for parameter in model.model.multi_modal_projector.parameters():
-            parameter.mul_(20)
-    processor = build_processor(
-        language_model=str(bases.language_model),
-        vision_tower=str(bases.vision_tower),
-        model_config=model.config,
-        tokenizer=tokenizer,
-    )
-    return Predictor(model, processor)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    return [write_image(folder / f"{seed}.png", height=24, width=24 + 8 * seed, seed=seed) for seed in range(3)]
-
-
-def ask(images, text):
-    return [
-        {"role": "user", "content": [*({"type": "image", "image": i} for i in images), {"type": "text", "text": text}]}
-    ]
 
 
 def test_batch_equals_one_by_one(predictor, images):
@@ -59,16 +22,11 @@ def test_batch_equals_one_by_one(predictor, images):
     assert together == [predictor.generate([conversation], GREEDY)[0] for conversation in conversations]
 
 
-def test_stream_equals_generate(predictor, images):
-    conversation = ask(images[:1], "What is it?")
-    assert "".join(predictor.stream(conversation, GREEDY)).strip() == predictor.generate([conversation], GREEDY)[0]
-
-
 def test_answers_depend_on_the_image(predictor, images):
     black, white = Image.new("RGB", (24, 24), "black"), Image.new("RGB", (24, 24), "white")
     scores = []
     for image in (black, white):
-        inputs = predictor._inputs([predictor._prompt(ask([image], "What?"))], GREEDY)
+        inputs = predictor.model_inputs([predictor.encode(ask([image], "What?"))])
         with torch.no_grad():
             scores.append(predictor.model(**inputs).logits[0, -1])
     assert not torch.allclose(*scores, atol=1e-4)
@@ -77,7 +35,7 @@ def test_answers_depend_on_the_image(predictor, images):
 def test_earlier_turns_are_part_of_the_prompt(predictor, images):
     conversation = ask(images[:1], "What is it?")
     longer = [*conversation, {"role": "assistant", "content": "A cat."}, {"role": "user", "content": "Which one?"}]
-    short, long = predictor._prompt(conversation).input_ids, predictor._prompt(longer).input_ids
+    short, long = predictor.encode(conversation).input_ids, predictor.encode(longer).input_ids
     assert long[: len(short)] == short and len(long) > len(short)
 
 
@@ -91,15 +49,9 @@ def test_processor_and_predictor_see_the_same_prompt(predictor, images):
         add_generation_prompt=True,
         return_tensors="pt",
     )
-    ours = predictor._inputs([predictor._prompt(messages)], GREEDY)
+    ours = predictor.model_inputs([predictor.encode(messages)])
     assert theirs["input_ids"].tolist() == ours["input_ids"].tolist()
     assert torch.equal(theirs["pixel_values"], ours["pixel_values"])
-
-
-def test_closing_the_stream_stops_the_model(predictor, images):
-    stream = predictor.stream(ask(images[:1], "What is it?"), GenerationOptions(max_new_tokens=300))
-    next(stream)
-    stream.close()  # returns only when the generating thread has ended
 
 
 def test_prompt_beyond_the_context_is_refused_with_the_numbers(predictor):
@@ -137,7 +89,7 @@ def test_image_tokens_are_counted_by_the_processor(predictor, images, monkeypatc
     """Configs saved by earlier versions may hold the count of a projector that was replaced since."""
     monkeypatch.setattr(predictor.model.config, "image_seq_length", 1)
     conversation = ask(images[:1], "What is it?")
-    prompt = predictor._prompt(conversation).input_ids
+    prompt = predictor.encode(conversation).input_ids
     assert prompt.count(predictor.model.config.image_token_id) == predictor.processor.num_image_tokens(24, 24) != 1
     predictor.generate([conversation], GREEDY)
 
@@ -151,21 +103,6 @@ def test_conversation_must_end_with_a_question(predictor):
 def test_impossible_options_are_refused(field):
     with pytest.raises(UserError, match=next(iter(field))):
         GenerationOptions(**field)
-
-
-@pytest.mark.parametrize(
-    ("pieces", "expected"),
-    [
-        (["a", "b"], "ab"),
-        (["a</", "s>b"], "a"),
-        (["a<", "b"], "a<b"),
-        (["a</", "s"], "a</s"),
-        (["  ", " a"], "a"),
-        (["one ## two ###", " three"], "one ## two"),
-    ],
-)
-def test_stop_strings_end_a_stream_wherever_the_pieces_are_cut(pieces, expected):
-    assert "".join(_without_stop_strings(iter(pieces), ("</s>", "###"))) == expected
 
 
 def test_images_stand_where_llavas_placeholders_say(predictor, images):

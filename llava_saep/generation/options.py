@@ -1,0 +1,44 @@
+"""How an answer is decoded: the values that every front end hands on."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from llava_saep.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """How an answer is decoded.
+
+    Args:
+        max_new_tokens: upper limit of an answer's length, in tokens.
+        temperature: 0 decodes greedily; above, tokens are sampled.
+        top_p: sample from the smallest set of tokens with this probability mass.
+        num_beams: beams of a beam search (1: none).
+        seed: makes sampling repeat itself, whatever else the program draws; None: it need not.
+    """
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    num_beams: int = 1
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.temperature < 0:
+            raise UserError(f"temperature must be 0 (greedy) or above, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if self.num_beams < 1:
+            raise UserError(f"num_beams must be at least 1, got {self.num_beams}")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise UserError(f"seed must lie between 0 and 2**63 - 1, got {self.seed}")
+
+    def to_generate_kwargs(self) -> dict[str, Any]:
+        """Return the keyword arguments of transformers' `generate`."""
+        kwargs: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams}
+        if self.temperature > 0:
+            return {**kwargs, "do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        return {**kwargs, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
