@@ -299,13 +299,17 @@ def cut_into_crops(image: Image.Image, view: ImageSize, grid_pinpoints: GridPinp
     return [image.resize((view.width, view.height), Image.Resampling.BICUBIC), *tiles]
 
 
+def fitted_size(original: ImageSize, target: ImageSize) -> ImageSize:
+    """Return the size that an image is resized to so that it fits into `target`, keeping its proportions."""
+    scale_across, scale_down = target.width / original.width, target.height / original.height
+    if scale_across < scale_down:
+        return ImageSize(min(math.ceil(original.height * scale_across), target.height), target.width)
+    return ImageSize(target.height, min(math.ceil(original.width * scale_down), target.width))
+
+
 def fit_on_black(image: Image.Image, target: ImageSize) -> Image.Image:
     """Resize an RGB image as far as it fits, keeping its proportions, and centre it on black."""
-    scale_across, scale_down = target.width / image.width, target.height / image.height
-    if scale_across < scale_down:
-        width, height = target.width, min(math.ceil(image.height * scale_across), target.height)
-    else:
-        width, height = min(math.ceil(image.width * scale_down), target.width), target.height
+    height, width = fitted_size(ImageSize(image.height, image.width), target)
     picture = Image.new("RGB", (target.width, target.height), (0, 0, 0))
     picture.paste(
         image.resize((width, height), Image.Resampling.BICUBIC),
