@@ -9,12 +9,12 @@ import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
@@ -24,6 +24,8 @@ from llava_saep.generation.messages import Message
 from llava_saep.generation.options import GenerationOptions
 from llava_saep.generation.predictor import Predictor, Prompt
 from llava_saep.generation.streams import AnswerStatistics, AnswerStream, FinishReason, StopStringFilter
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,17 +144,27 @@ class LocalEngine(Engine):
         self.predictor.check_length(prompt, options)
         answer = _Answer(prompt, options, max_seconds)
         self._running.add(answer)
-        try:
-            work = self._model_thread.submit(self._write, answer)
-        except RuntimeError as error:  # the executor takes no work after its shutdown
-            raise UserError(f"{self.model_id} was unloaded; load it again to ask it") from error
-        return LocalAnswerStream(answer, work)
+        return LocalAnswerStream(answer, self._submit(self._write, answer))
+
+    def use_model(self, work: Callable[[Predictor], T]) -> T:
+        """Do something else with the model when its turn has come, and wait for it.
+
+        Raises:
+            UserError: the engine was closed. What `work` raises is passed on.
+        """
+        return self._submit(work, self.predictor).result()
 
     def close(self) -> None:
         """Stop all answers and give the model's thread back; nothing can be asked any more."""
         for answer in list(self._running):
             answer.cancelled.set()
         self._model_thread.shutdown(wait=True)
+
+    def _submit(self, work: Callable[..., T], *args: Any) -> "Future[T]":
+        try:
+            return self._model_thread.submit(work, *args)
+        except RuntimeError as error:  # the executor takes no work after its shutdown
+            raise UserError(f"{self.model_id} was unloaded; load it again to ask it") from error
 
     def _write(self, answer: "_Answer") -> None:
         """Let the model write one answer; runs in its thread."""

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from transformers import BatchFeature
 
-from llava_saep.constants import DEFAULT_IMAGE_TOKEN
-from llava_saep.data.conversation import Segment, between_start_and_end
+from llava_saep.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
+from llava_saep.data.conversation import Segment, Turn, between_start_and_end
 from llava_saep.data.images import processed_image_size
 from llava_saep.data.templates import AnyTemplate, conversation_template, is_same_template
 from llava_saep.data.tokenization import encode_segments
@@ -67,6 +67,11 @@ def _chosen_template(processor: LlavaSaepProcessor, name: str | None) -> AnyTemp
     if name is not None and not is_same_template(name, own):
         logger.warning("the model's conversation template is %s; it is asked in %s", own, name)
     return conversation_template(name or own, processor.tokenizer)
+
+
+def _check_waits_for_answer(turns: Sequence[Turn]) -> None:
+    if not turns or turns[-1].role != "user":
+        raise UserError("a conversation must end with a user's message, so that there is something to answer")
 
 
 class Predictor:
@@ -164,20 +169,49 @@ class Predictor:
         answers = output[:, inputs["input_ids"].shape[1] :]
         return [self._decode(row) for row in answers]
 
-    def _segments(self, messages: Sequence[Message]) -> tuple[list[Segment], list[Image.Image | str | Path]]:
-        """Render one conversation, and list the images that belong to its markers."""
+    def _turns(self, messages: Sequence[Message]) -> tuple[list[Turn], list[Image.Image | str | Path], str | None]:
+        """Read messages as `parse_messages` does, with markers as the template and the model want them."""
         turns, images, system = parse_messages(messages)
-        if not turns or turns[-1].role != "user":
-            raise UserError("a conversation must end with a user's message, so that there is something to answer")
         marker = self.template.image_marker
         if self.model.config.mm_use_im_start_end:
             marker = between_start_and_end(marker)
         turns = [turn._replace(text=turn.text.replace(DEFAULT_IMAGE_TOKEN, marker)) for turn in turns]
+        return turns, images, system
+
+    def _segments(self, messages: Sequence[Message]) -> tuple[list[Segment], list[Image.Image | str | Path]]:
+        """Render one conversation, and list the images that belong to its markers."""
+        turns, images, system = self._turns(messages)
+        _check_waits_for_answer(turns)
         return self.template.render(turns, add_generation_prompt=True, system=system), images
 
     def encode(self, messages: Sequence[Message]) -> Prompt:
         """Render and tokenise one conversation, and read its images; errors as `generate`, but for the context's."""
-        segments, given_images = self._segments(messages)
+        return self._encode(*self._segments(messages))[0]
+
+    def encode_answered(self, messages: Sequence[Message], answer: str) -> tuple[Prompt, list[int]]:
+        """Tokenise a conversation with the answer that it got, as training does.
+
+        Returns:
+            the prompt, and the tokens of the answer and of what ends it.
+        Raises:
+            UserError: as `generate`.
+        """
+        turns, images, system = self._turns([*messages, {"role": "assistant", "content": answer}])
+        _check_waits_for_answer(turns[:-1])
+        whole, labels = self._encode(self.template.render(turns, system=system), images)
+        end = len(labels)
+        while end and labels[end - 1] == IGNORE_INDEX:
+            end -= 1
+        start = end
+        while start and labels[start - 1] != IGNORE_INDEX:
+            start -= 1
+        prompt = dataclasses.replace(whole, input_ids=whole.input_ids[:start])
+        return prompt, whole.input_ids[start:end]
+
+    def _encode(
+        self, segments: Sequence[Segment], given_images: Sequence[Image.Image | str | Path]
+    ) -> tuple[Prompt, list[int]]:
+        """Tokenise a rendered conversation -> all of it, and its labels."""
         images = self.processor.load_images(given_images)
         encoded = encode_segments(
             segments,
@@ -186,7 +220,7 @@ class Predictor:
             self.model.config.image_token_id,
             adds_bos=self.template.adds_bos,
         )
-        return Prompt(encoded.input_ids, images, encoded.image_spans)
+        return Prompt(encoded.input_ids, images, encoded.image_spans), encoded.labels
 
     def check_length(self, prompt: Prompt, options: GenerationOptions) -> None:
         """Raise UserError if the prompt and the longest answer do not fit into the model's context."""

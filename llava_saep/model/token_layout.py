@@ -1,8 +1,8 @@
-"""Where the tokens of an image lie on it, in pixels of the image as it was before it was resized, padded, cropped or cut.
+"""Where the tokens of an image lie on it, in pixels of the image before it was resized, padded, cropped or cut.
 
-Nothing is computed from weights: the arithmetic of preprocessing (llava_saep/data/images.py and the image processor's) is
-followed backwards. A token's cell is its share of the map that its projector makes of a crop; what a token has seen of the
-rest of the image, through attention or wide kernels, does not show.
+Nothing is computed from weights: the arithmetic of preprocessing (llava_saep/data/images.py and the image processor's)
+is followed backwards. A token's cell is its share of the map that its projector makes of a crop; what a token has seen
+of the rest of the image, through attention or wide kernels, does not show.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,7 +41,7 @@ class TokenMap:
         part: WHOLE or TILES (of an image that was cut).
         rows, columns: where each row and column of tokens lies, from above and from the left.
         first: index of the first token among those of the image.
-        stride: tokens from one row's first to the next one's; more than there are columns where a row ends with a newline.
+        stride: tokens from one row's first to the next one's; more than columns where rows end with a newline.
     """
 
     part: str

@@ -1,4 +1,4 @@
-"""Where the tokens of an image lie: compared with pixels that say where they come from, through the real preprocessing."""
+"""Where the tokens of an image lie: compared with pixels that say where they were before preprocessing."""
 
 import numpy as np
 import pytest
