@@ -13,3 +13,15 @@ class UserError(ValueError):
             # is its last part.
             message = message.rpartition(f"{type(self).__name__}: ")[2].strip()
         super().__init__(message)
+
+
+class OverloadedError(UserError):
+    """More is asked than can be answered at the moment; the same question may be answered later.
+
+    Args:
+        retry_after_seconds: when to ask again.
+    """
+
+    def __init__(self, message: str, *, retry_after_seconds: float) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
