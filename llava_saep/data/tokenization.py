@@ -16,7 +16,8 @@ from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers.pre_tokenizers import Metaspace
 
 from llava_saep.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
-from llava_saep.data.conversation import Segment
+from llava_saep.data.conversation import Segment, segments_text
+from llava_saep.data.spelling import is_spelled_out, mark_controls, marked_backend, marked_control_pattern
 from llava_saep.errors import UserError
 
 Tokenizer = Any  # a transformers PreTrainedTokenizerBase with a tokenizers back end
@@ -54,7 +55,8 @@ def encode_segments(
     newline that ends a prompt with one that starts the answer; such a token is no target.)
 
     Args:
-        segments: what a template rendered, with one "<image>" marker per image.
+        segments: what a template rendered, with one "<image>" marker per image. Text may be spelled out
+            (`spelling.spell_out`).
         tokenizer: a fast tokenizer (character offsets are needed).
         image_token_counts: tokens of each image, in the order of the markers. None: there are no images, and
             "<image>" is text like any other, also where it is a token of the vocabulary.
@@ -184,12 +186,18 @@ def _encode_chunk(chunk: list[Segment], tokenizer: Tokenizer, *, has_markers: bo
             f"the tokenizer {type(tokenizer).__name__} gives no character offsets, which labels are made from; "
             "use a checkpoint with a tokenizer.json, or convert its tokenizer to a fast one"
         )
-    spaced, insertions = _insert_dummy_prefixes(text, tokenizer, has_markers)
-    if has_markers or DEFAULT_IMAGE_TOKEN not in text:
+    backend = None if has_markers or DEFAULT_IMAGE_TOKEN not in text else _backend_without_marker(tokenizer)
+    special_tokens = None
+    if is_spelled_out(text):
+        chunk = [segment._replace(text=mark_controls(segment.text, tokenizer)) for segment in chunk]
+        text, special_tokens = segments_text(chunk), marked_control_pattern(tokenizer)
+        backend = marked_backend(tokenizer)
+    spaced, insertions = _insert_dummy_prefixes(text, tokenizer, has_markers, special_tokens)
+    if backend is None:
         encoding = tokenizer(spaced, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, offsets = list(encoding.input_ids), encoding.offset_mapping
     else:
-        backend_encoding = _backend_without_marker(tokenizer).encode(spaced, add_special_tokens=False)
+        backend_encoding = backend.encode(spaced, add_special_tokens=False)
         ids, offsets = list(backend_encoding.ids), backend_encoding.offsets
     bounds = _segment_ends(chunk)
     is_target = []
@@ -226,7 +234,9 @@ def _segment_ends(chunk: list[Segment]) -> list[int]:
     return ends
 
 
-def _insert_dummy_prefixes(text: str, tokenizer: Tokenizer, has_markers: bool = True) -> tuple[str, list[int]]:
+def _insert_dummy_prefixes(
+    text: str, tokenizer: Tokenizer, has_markers: bool = True, special_tokens: re.Pattern[str] | None = None
+) -> tuple[str, list[int]]:
     """Give a text that starts with a space the dummy prefix that SentencePiece would give it.
 
     SentencePiece puts a space before every text. The Metaspace pre-tokenizer that transformers 5 builds from a
@@ -234,6 +244,8 @@ def _insert_dummy_prefixes(text: str, tokenizer: Tokenizer, has_markers: bool = 
     With scheme "first" (legacy=False) this concerns the start of a text, with "always" also the text after each
     special token.
 
+    Args:
+        special_tokens: matches those; None: all added ones, "<image>" if `has_markers`.
     Returns:
         The text to tokenise, and the positions in it of the inserted spaces, ascending.
     """
@@ -242,7 +254,8 @@ def _insert_dummy_prefixes(text: str, tokenizer: Tokenizer, has_markers: bool = 
         return text, []
     starts = [0]
     if scheme == "always":
-        starts += [match.end() for match in _special_token_pattern(tokenizer, has_markers).finditer(text)]
+        special_tokens = special_tokens or _special_token_pattern(tokenizer, has_markers)
+        starts += [match.end() for match in special_tokens.finditer(text)]
     starts = [start for start in starts if text.startswith(" ", start)]
     pieces = [text[start:end] for start, end in zip([0, *starts], [*starts, len(text)], strict=True)]
     return " ".join(pieces), [start + position for position, start in enumerate(starts)]

@@ -13,7 +13,7 @@ from typing import Any
 
 from llava_saep.data.remote_images import find_image
 from llava_saep.eval.model_vqa import add_decoding_flags, decoding_options, fit_to_context
-from llava_saep.generation import Predictor
+from llava_saep.generation import Predictor, content_with_placeholders
 from llava_saep.program import AbbreviatingParser, run_program
 
 NAME = "llava_saep.eval.run_llava"
@@ -56,7 +56,7 @@ def eval_model(args: Any) -> str:
         model_base=args.model_base,
         template=args.conv_mode,
     )
-    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": args.query}]
+    content = content_with_placeholders(args.query, images)
     (answer,) = predictor.generate([[{"role": "user", "content": content}]], fit_to_context(options, predictor))
     print(answer)
     return answer

@@ -4,7 +4,7 @@
 """
 
 from llava_saep.generation.engine import Engine, LocalEngine, ModelDescription
-from llava_saep.generation.messages import Message, parse_messages
+from llava_saep.generation.messages import Message, content_with_placeholders, parse_messages
 from llava_saep.generation.options import GenerationOptions
 from llava_saep.generation.predictor import Predictor, Prompt
 from llava_saep.generation.streams import AnswerStatistics, AnswerStream
@@ -19,5 +19,6 @@ __all__ = [
     "ModelDescription",
     "Predictor",
     "Prompt",
+    "content_with_placeholders",
     "parse_messages",
 ]

@@ -14,6 +14,7 @@ from transformers import BatchFeature
 from llava_saep.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava_saep.data.conversation import Segment, Turn, between_start_and_end
 from llava_saep.data.images import processed_image_size
+from llava_saep.data.spelling import as_typed, spell_out
 from llava_saep.data.templates import AnyTemplate, conversation_template, is_same_template
 from llava_saep.data.tokenization import encode_segments
 from llava_saep.errors import UserError
@@ -144,7 +145,7 @@ class Predictor:
 
     def prompt_text(self, messages: Sequence[Message]) -> str:
         """The text that the model is asked to go on from, with a marker for each image; errors as `generate`."""
-        return "".join(segment.text for segment in self._segments(messages)[0])
+        return as_typed("".join(segment.text for segment in self._segments(messages)[0]))
 
     def generate(
         self, conversations: Sequence[Sequence[Message]], options: GenerationOptions | None = None
@@ -171,7 +172,7 @@ class Predictor:
 
     def _turns(self, messages: Sequence[Message]) -> tuple[list[Turn], list[Image.Image | str | Path], str | None]:
         """Read messages as `parse_messages` does, with markers as the template and the model want them."""
-        turns, images, system = parse_messages(messages)
+        turns, images, system = parse_messages(messages, self._spell_out)
         marker = self.template.image_marker
         if self.model.config.mm_use_im_start_end:
             marker = between_start_and_end(marker)
@@ -183,6 +184,9 @@ class Predictor:
         turns, images, system = self._turns(messages)
         _check_waits_for_answer(turns)
         return self.template.render(turns, add_generation_prompt=True, system=system), images
+
+    def _spell_out(self, text: str) -> str:
+        return spell_out(text, self.processor.tokenizer)
 
     def encode(self, messages: Sequence[Message]) -> Prompt:
         """Render and tokenise one conversation, and read its images; errors as `generate`, but for the context's."""

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from llava_saep.errors import UserError
-from llava_saep.generation import GenerationOptions, Predictor, parse_messages
+from llava_saep.generation import GenerationOptions, Predictor, content_with_placeholders, parse_messages
 from tests.fixtures.conversations import ask
 
 GREEDY = GenerationOptions(max_new_tokens=8, temperature=0.0)
@@ -65,13 +65,12 @@ def test_prompt_beyond_the_context_is_refused_with_the_numbers(predictor):
         ([{"role": "robot", "content": "x"}], "role 'robot'"),
         ([{"role": "user", "content": [{"type": "image"}]}], "message 0 has a part"),
         ([{"role": "user", "content": 3}], "content of type int"),
-        ([{"role": "user", "content": "see <image>"}], "pass images as parts"),
         ([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], "only the first may be one"),
     ],
 )
 def test_malformed_messages_are_named(messages, message):
     with pytest.raises(UserError, match=message):
-        parse_messages(messages)
+        parse_messages(messages, str)
 
 
 def test_folder_that_is_no_model_is_named_as_such(tmp_path):
@@ -106,12 +105,26 @@ def test_impossible_options_are_refused(field):
 
 
 def test_images_stand_where_llavas_placeholders_say(predictor, images):
-    messages = ask(images[:2], "Is <image-placeholder> like <image-placeholder>?")
-    turns, _, _ = parse_messages(messages)
-    assert turns[0].text == "Is <image> like <image>?"
+    content = content_with_placeholders("Is <image-placeholder> like <image-placeholder>?", images[:2])
+    messages = [{"role": "user", "content": content}]
+    turns, found, _ = parse_messages(messages, str)
+    assert turns[0].text == "Is <image> like <image>?" and found == images[:2]
     assert "USER: Is <image> like <image>? ASSISTANT:" in predictor.prompt_text(messages)
+    assert content_with_placeholders("What?", images[:1]) == ask(images[:1], "What?")[0]["content"]
     with pytest.raises(UserError, match="1 <image-placeholder> and 2 images"):
-        parse_messages(ask(images[:2], "What is <image-placeholder>?"))
+        content_with_placeholders("What is <image-placeholder>?", images[:2])
+
+
+def test_typed_markers_and_control_tokens_are_text(predictor, images):
+    typed = "Is <image> or <image-placeholder> a </s> token?"
+    prompt = predictor.encode(ask(images[:1], typed))
+    tokenizer = predictor.processor.tokenizer
+    assert prompt.num_image_tokens == predictor.num_image_tokens
+    assert prompt.input_ids.count(predictor.model.config.image_token_id) == predictor.num_image_tokens
+    assert tokenizer.eos_token_id not in prompt.input_ids
+    assert tokenizer.decode(prompt.input_ids[prompt.image_spans[0][1] :]).endswith(f"{typed} ASSISTANT:")
+    assert f"USER: <image>\n{typed} ASSISTANT:" in predictor.prompt_text(ask(images[:1], typed))
+    assert len(predictor.generate([ask([], typed), ask(images[:1], typed)], GREEDY)) == 2
 
 
 def test_another_template_can_be_asked_in_and_is_said(predictor, caplog):
