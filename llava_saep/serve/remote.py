@@ -219,7 +219,8 @@ class RemoteAnswerStream(AnswerStream):
             raise UserError(_error_message(chunk) or "the model's server reports an error")
         self._usage = chunk.get("usage") or self._usage
         choice = (chunk.get("choices") or [{}])[0]
-        self._finish_reason = choice.get("finish_reason") or self._finish_reason
+        # Ours says in a field of its own what OpenAI has no word for.
+        self._finish_reason = choice.get("finish_details") or choice.get("finish_reason") or self._finish_reason
         piece = (choice.get("delta") or {}).get("content") or ""
         if piece:
             self._last = time.monotonic()
