@@ -19,6 +19,8 @@ from PIL import Image, UnidentifiedImageError
 
 from llava_saep.errors import UserError
 
+DATA_ROOT = Path("playground/data/eval")
+"""The folder of LLaVA's Evaluation guide that holds one folder per benchmark."""
 SHORT_ANSWER_TOKENS = 128
 """Limit of LLaVA's model_vqa_loader, which its scripts use where an answer is a word or a phrase."""
 LONG_ANSWER_TOKENS = 1024
@@ -164,6 +166,11 @@ class Task(ABC):
     max_new_tokens: ClassVar[int] = SHORT_ANSWER_TOKENS
     hidden_label_splits: ClassVar[tuple[str, ...]] = ()
 
+    @property
+    def default_folder(self) -> Path:
+        """Where LLaVA's Evaluation guide has the task's files, relative to the working folder."""
+        return DATA_ROOT / self.folder_name
+
     def has_labels(self, split: str) -> bool:
         """Whether answers can be scored here; if not, `export` writes what is to be uploaded."""
         return split not in self.hidden_label_splits
@@ -200,7 +207,10 @@ class Task(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeRequest:
-    """One question to the judge; `record` holds what the review line keeps beside the judge's reply."""
+    """One question to the judge; `record` holds what the review line keeps beside the judge's reply.
+
+    `system` is empty where the benchmark sends no system message.
+    """
 
     question_id: str | int
     system: str
@@ -235,8 +245,8 @@ class JudgedTask(Task):
         """The line of the review file, in the benchmark's published format; unreadable replies get LLaVA's -1."""
 
     @abstractmethod
-    def score_reviews(self, split: str, lines: Sequence[Mapping[str, Any]]) -> TaskResult:
-        """Sum up the lines of a review file; failed and unreadable reviews are counted in the exclusions."""
+    def score_reviews(self, folder: Path, split: str, lines: Sequence[Mapping[str, Any]]) -> TaskResult:
+        """Sum up the lines of a review file; failed, unreadable and missing reviews are counted in the exclusions."""
 
     def score(self, folder: Path, split: str, answers: Sequence[Answer]) -> TaskResult:
         """Raise UserError: answers of this task are rated by a judge."""

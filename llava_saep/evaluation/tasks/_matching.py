@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+from llava_saep.errors import UserError
 
 from ._base import Answer, Exclusion, TaskQuestion
 
 NUM_EXAMPLES = 5
+
+L = TypeVar("L")
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,68 @@ def match_answers(questions: Sequence[TaskQuestion], answers: Sequence[Answer]) 
 def _short_key(key: tuple[str, str, int]) -> tuple[str, int]:
     question_id, _, round_id = key
     return question_id, round_id
+
+
+def match_all_answers(questions: Sequence[TaskQuestion], answers: Sequence[Answer], name: str) -> list[Answer]:
+    """An answer to each question, for what cannot go on without one of them.
+
+    Raises:
+        UserError: a question has no answer; `name` is the task's.
+    """
+    matched = match_answers(questions, answers).answers
+    missing = [question.question_id for question, answer in zip(questions, matched, strict=True) if answer is None]
+    if missing:
+        raise UserError(
+            f"{name}: {len(missing)} of {len(questions)} questions have no answer, the first one {missing[0]!r}; "
+            "answer them before the judge is asked"
+        )
+    return [answer for answer in matched if answer is not None]
+
+
+def unreviewed(questions: Sequence[TaskQuestion], lines: Sequence[Mapping[str, Any]]) -> Exclusion | None:
+    """The questions that no line of a review file is about."""
+    reviewed = {str(line.get("question_id")) for line in lines}
+    missing = (q.question_id for q in questions if str(q.question_id) not in reviewed)
+    return exclusion("questions without a review", "left out", missing)
+
+
+@dataclass(frozen=True)
+class LabelledAnswers(Generic[L]):
+    """The questions that have a label, with label and generated text (None: no answer) in the same order."""
+
+    questions: tuple[TaskQuestion, ...]
+    labels: tuple[L, ...]
+    texts: tuple[str | None, ...]
+    exclusions: tuple[Exclusion, ...]
+
+
+def match_labels(
+    questions: Sequence[TaskQuestion],
+    answers: Sequence[Answer],
+    label_of: Callable[[TaskQuestion], L | None],
+    place: str,
+) -> LabelledAnswers[L]:
+    """Give each question its answer and its label; questions without a label are left out and counted.
+
+    Args:
+        label_of: None for a question that the annotations do not know.
+        place: the annotations' file, for messages.
+    Raises:
+        UserError: no question has a label, so that the annotations belong to other questions.
+    """
+    matched = match_answers(questions, answers)
+    triples = [(question, label_of(question), text) for question, text in zip(questions, matched.texts, strict=True)]
+    labelled = [(question, label, text) for question, label, text in triples if label is not None]
+    if not labelled:
+        raise UserError(f"{place}: says nothing about any of the {len(questions)} questions; is it of another split?")
+    unlabelled = (question.question_id for question, label, _ in triples if label is None)
+    return LabelledAnswers(
+        tuple(question for question, _, _ in labelled),
+        tuple(label for _, label, _ in labelled),
+        tuple(text for _, _, text in labelled),
+        matched.exclusions
+        + collect_exclusions(exclusion(f"questions that {Path(place).name} does not annotate", "left out", unlabelled)),
+    )
 
 
 def exclusion(

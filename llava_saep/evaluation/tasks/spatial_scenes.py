@@ -1,0 +1,75 @@
+"""Spatial scenes: questions about where things are in generated images, the data set that comes with this project.
+
+Scored are the last words of a freely generated answer, which may state its evidence first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava_saep.errors import UserError
+from llava_saep.evaluation.metrics import chance_accuracy, ends_with_answer
+from llava_saep.evaluation.questions import Question, read_questions
+
+from ._base import Answer, CategoryRow, Metric, Requirement, Task, TaskQuestion, TaskResult
+from ._files import read_task_questions
+from ._matching import match_answers
+from ._scoring import grouped, mean_metric
+
+SOURCE = "python -m playground.spatial_scenes --output playground/data/eval/spatial_scenes"
+
+
+class SpatialScenes(Task):
+    """Accuracy per kind of question, beside that of giving each kind's most frequent answer always."""
+
+    name = "spatial_scenes"
+    title = "Spatial scenes"
+    folder_name = "spatial_scenes"
+    splits = default_splits = ("held_out",)
+    max_new_tokens = 64
+
+    def requirements(self, folder: Path, split: str) -> list[Requirement]:
+        """What the generator writes."""
+        return [
+            Requirement(path=folder / split / "questions.jsonl", source=SOURCE),
+            Requirement(path=folder / split / "images", source=SOURCE, purpose="images"),
+        ]
+
+    def questions(self, folder: Path, split: str) -> list[TaskQuestion]:
+        """The generator's question file."""
+        return read_task_questions(folder / split / "questions.jsonl", folder / split / "images")
+
+    def score(self, folder: Path, split: str, answers: Sequence[Answer]) -> TaskResult:
+        """Share of answers that end with the right words, overall and per kind."""
+        path = folder / split / "questions.jsonl"
+        asked = read_questions(path)
+        unlabelled = [question.question_id for question in asked if question.answer is None]
+        if unlabelled:
+            raise UserError(f"{path}: {len(unlabelled)} questions have no `answer`, the first one {unlabelled[0]!r}")
+        matched = match_answers(self.questions(folder, split), answers)
+        is_right = [
+            float(text is not None and ends_with_answer(text, question.answer or ""))
+            for question, text in zip(asked, matched.texts, strict=True)
+        ]
+        kinds = grouped((question.category for question in asked), zip(asked, is_right, strict=True))
+        return TaskResult(
+            task=self.name,
+            split=split,
+            metrics=(mean_metric("accuracy", is_right), _chance(asked)),
+            rows=tuple(
+                CategoryRow(
+                    category=kind,
+                    metrics=(mean_metric("accuracy", [right for _, right in each]), _chance([q for q, _ in each])),
+                )
+                for kind, each in kinds.items()
+            ),
+            exclusions=matched.exclusions,
+        )
+
+
+def _chance(questions: Sequence[Question]) -> Metric:
+    return Metric(name="constant answer", value=chance_accuracy(questions), n=len(questions))
+
+
+TASK = SpatialScenes()
