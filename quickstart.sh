@@ -6,7 +6,7 @@ caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 . scripts/environment.sh
 
-use_environment
+use_environment playground
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 cd "$caller" # relative paths in the flags are the caller's
 exec python -m playground.quickstart "$@"

@@ -3,8 +3,8 @@
 #   LLAVA_SAEP_VENV     where the environment lives (default: .venv in the repository)
 #   LLAVA_SAEP_PYTHON   which interpreter makes it (default: the first of python3, python3.11 ... python3.14 that will do)
 #
-# The environment is made once. A stamp inside it remembers setup.cfg and the constraints; while they stay the same,
-# nothing is installed or downloaded again, so later runs work offline.
+# The environment is made once. A stamp inside it remembers setup.cfg and the constraints, and which extras of setup.cfg
+# are there; while they stay the same, nothing is installed or downloaded again, so later runs work offline.
 
 say() { printf '\n\033[1m==> %s\033[0m\n' "$*"; }
 fail() { printf '\nerror: %s\n' "$*" >&2; exit 1; }
@@ -57,9 +57,26 @@ create_environment() {
     fi
 }
 
-# Installs what setup.cfg names, torch first, so that a build that is already there satisfies everything after it.
+# Which of the extras $2... the environment $1 lacks, and those that it has, all with commas; nothing if it lacks none.
+# A change of what environments are made from (see environment_stamp) makes it lack all that it has.
+extras_to_install() {
+    local venv=$1 has="" extra lacks_one=""
+    shift
+    [ ! -f "$venv/llava_saep.stamp" ] || has=$(sed -n 2p "$venv/llava_saep.stamp")
+    [ "$(head -n 1 "$venv/llava_saep.stamp" 2>/dev/null)" = "$(environment_stamp)" ] || lacks_one=yes
+    for extra in "$@"; do
+        case ",$has," in
+            *",$extra,"*) ;;
+            *) has=${has:+$has,}$extra lacks_one=yes ;;
+        esac
+    done
+    [ -z "$lacks_one" ] || echo "$has"
+}
+
+# Installs what setup.cfg names with the extras $2, torch first, so that a build that is already there satisfies
+# everything after it.
 install_packages() {
-    local venv=$1 constraints=$1/constraints.txt torch_here
+    local venv=$1 extras=$2 constraints=$1/constraints.txt torch_here
     if torch_here=$(installed_torch "$venv/bin/python"); then
         sed "s/^torch==.*/torch==${torch_here%% *}/" constraints.txt >"$constraints"
     else
@@ -70,25 +87,26 @@ install_packages() {
     say "Installing the other packages, in the versions of constraints.txt"
     # setuptools first: without build isolation nothing is fetched when everything is already there.
     "$venv/bin/python" -m pip install -c "$constraints" setuptools || fail "setuptools could not be installed"
-    "$venv/bin/python" -m pip install -c "$constraints" --no-build-isolation -e '.[playground,test]' \
+    "$venv/bin/python" -m pip install -c "$constraints" --no-build-isolation -e ".[$extras]" \
         || fail "the packages could not be installed: see pip's message above"
     "$venv/bin/python" -c 'import torch, transformers, deepspeed' || fail "the packages were installed but cannot be imported"
-    environment_stamp >"$venv/llava_saep.stamp"
+    { environment_stamp; echo "$extras"; } >"$venv/llava_saep.stamp"
 }
 
-# Activates the environment; makes or updates it first when that is needed.
+# Activates the environment; makes or updates it first when that is needed. Arguments: the extras that must be there.
 use_environment() {
-    local venv=${LLAVA_SAEP_VENV:-.venv} python
+    local venv=${LLAVA_SAEP_VENV:-.venv} python extras
     if [ "$(cat "$venv/made_by_llava_saep" 2>/dev/null)" != "$(pwd)" ]; then
         python=$(find_python) || true
         [ -n "$python" ] || fail "Python 3.11 or newer with its venv module is needed; found $(python3 --version 2>&1 || echo none). \
 Install it (Debian and Ubuntu: apt install python3.11 python3.11-venv), or name one with LLAVA_SAEP_PYTHON."
         create_environment "$python" "$venv"
     fi
-    if [ "$(cat "$venv/llava_saep.stamp" 2>/dev/null)" = "$(environment_stamp)" ]; then
+    extras=$(extras_to_install "$venv" "$@")
+    if [ -z "$extras" ]; then
         say "Using the Python environment in $venv"
     else
-        install_packages "$venv"
+        install_packages "$venv" "$extras"
     fi
     # shellcheck disable=SC1091
     . "$venv/bin/activate"

@@ -22,16 +22,35 @@ def bash(command, **environment):
     )
 
 
-def test_finished_environment_is_used_without_installing_anything(tmp_path):
+@pytest.fixture
+def finished_environment(tmp_path):
+    """An environment that a run with the extras playground and test has made."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "activate").write_text("echo activated")
     (tmp_path / "made_by_llava_saep").write_text(f"{ROOT}\n")
     stamp = bash("environment_stamp").stdout
-    (tmp_path / "llava_saep.stamp").write_text(stamp)
-    result = bash("use_environment", LLAVA_SAEP_VENV=str(tmp_path))
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.endswith("activated\n")
-    assert "Installing" not in result.stdout
+    (tmp_path / "llava_saep.stamp").write_text(f"{stamp}playground,test\n")
+    return tmp_path
+
+
+def test_finished_environment_is_used_without_installing_anything(finished_environment):
+    for extras in ("playground test", "playground", "test"):
+        result = bash(f"use_environment {extras}", LLAVA_SAEP_VENV=str(finished_environment))
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.endswith("activated\n")
+        assert "Installing" not in result.stdout
+
+
+def test_extras_that_are_missing_are_added_to_those_that_are_there(finished_environment):
+    command = f"extras_to_install {finished_environment}"
+    assert bash(f"{command} playground test serve").stdout == "playground,test,serve\n"
+    assert bash(f"{command} test").stdout == ""
+    assert bash(f"extras_to_install {finished_environment / 'absent'} playground").stdout == "playground\n"
+    (finished_environment / "llava_saep.stamp").write_text("made of something else\nplayground,test\n")
+    assert bash(f"{command} playground").stdout == "playground,test\n"
+    installing = "install_packages() { echo installs $2; }"
+    result = bash(f"{installing}; use_environment serve", LLAVA_SAEP_VENV=str(finished_environment))
+    assert "installs playground,test,serve" in result.stdout
 
 
 def test_changed_requirements_are_noticed(tmp_path):
@@ -77,6 +96,10 @@ def test_interpreter_without_torch_or_with_an_old_one_has_none_to_reuse(tmp_path
     old.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path / "site"} exec {sys.executable} -S "$@"\n')
     old.chmod(0o755)
     assert bash(f"installed_torch {old}").returncode == 1
+
+
+def test_the_quick_start_installs_nothing_that_only_tests_need():
+    assert "\nuse_environment playground\n" in (ROOT / "quickstart.sh").read_text()
 
 
 @pytest.mark.parametrize("script", ["quickstart.sh", "test.sh", ".ci/run"])
