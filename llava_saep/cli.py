@@ -19,6 +19,7 @@ class Command:
 COMMANDS = {
     "train": Command("llava_saep.commands.train", "train a model with LLaVA's flags, through the deepspeed launcher"),
     "chat": Command("llava_saep.commands.chat", "talk in the terminal with any saved model about images"),
+    "demo": Command("llava_saep.commands.demo", "the same in a web page: chats, pictures, several models"),
     "eval": Command("llava_saep.commands.evaluate", "answer a file of questions and score the answers"),
     "projectors": Command("llava_saep.commands.projectors", "list, show, check, measure and document the projectors"),
     "bench": Command("llava_saep.commands.bench", "measure training steps on the machine at hand"),

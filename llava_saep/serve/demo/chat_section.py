@@ -1,0 +1,472 @@
+"""The chat: questions with pictures, answers that stream, and everything that one does with them afterwards.
+
+The conversation lives on the server (a gr.State, and a file per chat); what the browser sends back of the chat is never
+read, so that nobody can put words or files into it.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import gradio as gr
+
+from llava_saep.errors import UserError
+from llava_saep.generation import GenerationOptions, LocalEngine
+from llava_saep.serve.demo.conversation import Conversation
+from llava_saep.serve.demo.examples import write_examples
+from llava_saep.serve.demo.history import Visitor, new_token
+from llava_saep.serve.demo.model_view import what_the_model_sees
+from llava_saep.serve.demo.pictures import engine_messages
+from llava_saep.serve.demo.rows import ChatRows, chat_rows, from_chatbot
+from llava_saep.serve.demo.services import ChatParts, DemoServices
+from llava_saep.serve.demo.text import as_html, told
+
+ACCEPTED_FILES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"]
+_PLACEHOLDER = "Ask about a picture: drop, paste or attach one, or several."
+_QUIET = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+
+
+class Controls(NamedTuple):
+    """Sliders and fields of how an answer is decoded, in the order in which handlers get their values."""
+
+    system: gr.Textbox
+    temperature: gr.Slider
+    top_p: gr.Slider
+    max_new_tokens: gr.Slider
+
+
+class ChatsList(NamedTuple):
+    """The saved chats beside the page."""
+
+    new: gr.Button
+    chats: gr.Radio
+    delete: gr.Button
+
+
+class ChatSection:
+    """Builds the chat inside a gr.Blocks and connects it.
+
+    Args:
+        model: the dropdown with the chosen model.
+    """
+
+    def __init__(
+        self,
+        services: DemoServices,
+        *,
+        browser: gr.BrowserState,
+        model: gr.Dropdown,
+        controls: Controls,
+        chats: ChatsList,
+    ):
+        self.services = services
+        self.browser = browser
+        self.model = model
+        self.controls = controls
+        self.chats = chats
+        self.conversation = gr.State(Conversation.new)
+        self._build()
+        self._connect()
+
+    @property
+    def parts(self) -> ChatParts:
+        """What other sections read."""
+        return ChatParts(self.conversation, self.browser, self.model)
+
+    def _build(self) -> None:
+        limits = self.services.settings.limits
+        self.chatbot = gr.Chatbot(
+            show_label=False,
+            elem_id="chat",
+            height="62dvh",
+            min_height=320,
+            # Text as it stands: neither Markdown nor HTML nor formulas nor tags, and no files to download.
+            render_markdown=False,
+            sanitize_html=True,
+            latex_delimiters=[],
+            allow_tags=False,
+            allow_file_downloads=False,
+            editable="user",
+            buttons=["copy"],
+            feedback_options=("Like", "Dislike"),
+            placeholder=_EMPTY_CHAT,
+            examples=_examples(self.services),
+        )
+        self.question = gr.MultimodalTextbox(
+            show_label=False,
+            placeholder=_PLACEHOLDER,
+            file_types=ACCEPTED_FILES,
+            file_count="multiple",
+            sources=["upload"],
+            lines=1,
+            max_lines=8,
+            max_plain_text_length=limits.max_prompt_characters,
+            elem_id="question",
+            autofocus=True,
+        )
+        with gr.Row(elem_id="chat-actions"):
+            self.stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop", size="sm")
+            self.webcam_opener = gr.Checkbox(label="Camera", value=False, container=False, min_width=90)
+            self.seen_opener = gr.Checkbox(
+                label="Show what the model sees", value=False, container=False, min_width=200
+            )
+        self.webcam = gr.Image(
+            label="Take a picture; it goes with your next question",
+            sources=["webcam"],
+            type="filepath",
+            format="png",
+            visible=False,
+            height=320,
+            elem_id="webcam",
+        )
+        self.seen = gr.Gallery(
+            label="What the model sees of the last pictures",
+            visible=False,
+            columns=4,
+            height=280,
+            object_fit="contain",
+            interactive=False,
+            format="png",
+            buttons=["fullscreen"],
+            elem_id="seen",
+        )
+
+    def _connect(self) -> None:
+        asking = [self.conversation, self.browser, self.model, *self.controls]
+        shown = [self.conversation, self.chatbot, self.question, self.stop, self.chats.chats, self.browser]
+        # As many at once as may wait, so that each of them can be stopped; the engine takes them in order.
+        writing = {
+            "outputs": shown,
+            "api_visibility": "private",
+            "concurrency_limit": self.services.settings.limits.max_queue + 1,
+            "concurrency_id": "answers",
+            "show_progress": "hidden",
+        }
+        answers = [
+            self.question.submit(self.ask, [self.question, *asking], **writing),
+            self.chatbot.retry(self.retry, asking, **writing),
+            self.chatbot.edit(self.edit, asking, **writing),
+        ]
+        for answer in answers:
+            answer.then(self.show_seen, [self.seen_opener, *asking[:3]], [self.seen], **_QUIET)
+        self.stop.click(self.services_stop, None, None, **_QUIET)
+        self.chatbot.undo(self.undo, asking[:2], shown, **_QUIET)
+        self.chatbot.clear(self.start_anew, asking[:2], shown, **_QUIET)
+        self.chats.new.click(self.start_anew, asking[:2], shown, **_QUIET)
+        self.chats.chats.input(self.open_chat, [self.chats.chats, *asking[:2]], shown, **_QUIET)
+        self.chats.delete.click(self.delete_chat, asking[:2], shown, **_QUIET)
+        self.chatbot.example_select(self.take_example, None, [self.question], **_QUIET)
+        if self.services.feedback is not None:
+            self.chatbot.like(self.note_opinion, asking[:2], [self.conversation], **_QUIET)
+        self.webcam_opener.change(lambda is_open: gr.update(visible=is_open), self.webcam_opener, self.webcam, **_QUIET)
+        self.webcam.input(self.add_photo, [self.question, self.webcam], [self.question, self.webcam], **_QUIET)
+        self.seen_opener.change(self.show_seen, [self.seen_opener, *asking[:3]], [self.seen], **_QUIET)
+        gr.on(
+            [self.chats.chats.input, self.chats.new.click, self.model.input],
+            self.show_seen,
+            [self.seen_opener, *asking[:3]],
+            [self.seen],
+            **_QUIET,
+        )
+
+    def restore_on(self, page: gr.Blocks) -> None:
+        """Bring the visitor's chats back when the page is loaded, and stop the model when it is left."""
+        shown = [self.conversation, self.chatbot, self.question, self.stop, self.chats.chats, self.browser]
+        page.load(self.restore, [self.browser], shown, **_QUIET)
+        page.unload(self.services_stop)
+
+    # What the events do
+
+    def ask(
+        self,
+        question: dict[str, Any],
+        conversation: Conversation,
+        browser: Any,
+        model_id: str | None,
+        system: str | None,
+        temperature: float,
+        top_p: float,
+        max_new_tokens: float,
+        request: gr.Request,
+    ) -> Iterator[list[Any]]:
+        """Put a question with its pictures, and stream the answer."""
+        browser, visitor = self._visitor(browser, request)
+        try:
+            asked = self._with_question(question, conversation, visitor)
+        except Exception as error:  # every kind becomes a message
+            gr.Warning(as_html(told(error)), title="Not asked")
+            yield self._shown(conversation, visitor, browser, question=gr.skip())
+            return
+        controls = (system, temperature, top_p, max_new_tokens)
+        typed = {"text": question.get("text") or "", "files": question.get("files") or []}
+        yield from self._answered(asked, conversation, visitor, browser, model_id, controls, request, typed=typed)
+
+    def retry(
+        self,
+        conversation: Conversation,
+        browser: Any,
+        model_id: str | None,
+        system: str | None,
+        temperature: float,
+        top_p: float,
+        max_new_tokens: float,
+        request: gr.Request,
+    ) -> Iterator[list[Any]]:
+        """Ask the last question once more."""
+        browser, visitor = self._visitor(browser, request)
+        before, question = conversation.before_last_question()
+        if question is None:
+            yield self._shown(conversation, visitor, browser)
+            return
+        asked = before.with_question(question.text, question.pictures)
+        controls = (system, temperature, top_p, max_new_tokens)
+        yield from self._answered(asked, conversation, visitor, browser, model_id, controls, request)
+
+    def edit(
+        self,
+        conversation: Conversation,
+        browser: Any,
+        model_id: str | None,
+        system: str | None,
+        temperature: float,
+        top_p: float,
+        max_new_tokens: float,
+        edited: gr.EditData,
+        request: gr.Request,
+    ) -> Iterator[list[Any]]:
+        """Put other words into an earlier question, and go on from there."""
+        browser, visitor = self._visitor(browser, request)
+        try:
+            place = self._place_of(edited.index, conversation, visitor)
+            asked = conversation.with_edited_question(place, _edited_text(edited.value))
+        except Exception as error:  # every kind becomes a message
+            gr.Warning(as_html(told(error)), title="Not changed")
+            yield self._shown(conversation, visitor, browser)
+            return
+        controls = (system, temperature, top_p, max_new_tokens)
+        yield from self._answered(asked, conversation, visitor, browser, model_id, controls, request)
+
+    def undo(self, conversation: Conversation, browser: Any, request: gr.Request) -> list[Any]:
+        """Take the last question and its answer back; its words return to the field."""
+        browser, visitor = self._visitor(browser, request)
+        before, question = conversation.before_last_question()
+        if before.messages:
+            visitor.save(before)
+        else:
+            visitor.delete(before.chat_id)
+        return self._shown(before, visitor, browser, question={"text": question.text if question else "", "files": []})
+
+    def start_anew(self, conversation: Conversation, browser: Any, request: gr.Request) -> list[Any]:
+        """Begin another chat; the old one stays in the list."""
+        self.services.stop(request)
+        browser, visitor = self._visitor(browser, request)
+        return self._shown(Conversation.new(), visitor, browser, question={"text": "", "files": []})
+
+    def open_chat(
+        self, chat_id: str | None, conversation: Conversation, browser: Any, request: gr.Request
+    ) -> list[Any]:
+        """Go on with a saved chat."""
+        self.services.stop(request)
+        browser, visitor = self._visitor(browser, request)
+        opened = visitor.conversation(chat_id or "")
+        if opened is None:
+            gr.Warning("This chat has been removed from the server.")
+        return self._shown(opened or conversation, visitor, browser)
+
+    def delete_chat(self, conversation: Conversation, browser: Any, request: gr.Request) -> list[Any]:
+        """Forget the chat that is shown, with its pictures."""
+        self.services.stop(request)
+        browser, visitor = self._visitor(browser, request)
+        visitor.delete(conversation.chat_id)
+        return self._shown(Conversation.new(), visitor, browser, question={"text": "", "files": []})
+
+    def restore(self, browser: Any, request: gr.Request) -> list[Any]:
+        """Show the chat that was open, after the page was loaded."""
+        browser, visitor = self._visitor(browser, request)
+        opened = visitor.conversation(browser.get("chat") or "")
+        return self._shown(opened or Conversation.new(), visitor, browser)
+
+    def note_opinion(
+        self, conversation: Conversation, browser: Any, opinion: gr.LikeData, request: gr.Request
+    ) -> Conversation:
+        """Write a like or dislike, or that it was taken back, to the feedback file."""
+        _, visitor = self._visitor(browser, request)
+        liked = {"Like": True, "Dislike": False, True: True, False: False}.get(opinion.liked)
+        try:
+            self.services.check_rate(request)
+            place = self._place_of(opinion.index, conversation, visitor)
+            judged = conversation.with_opinion(place, liked)
+            self.services.feedback.append(judged, place, liked, visitor.pictures)
+        except Exception as error:  # every kind becomes a message
+            gr.Warning(as_html(told(error)), title="Not noted")
+            return conversation
+        visitor.save(judged)
+        return judged
+
+    def take_example(self, chosen: gr.SelectData) -> dict[str, Any]:
+        """Put an example's question and pictures into the field."""
+        text = chosen.value.get("text") if isinstance(chosen.value, dict) else None
+        for example, paths in write_examples(self.services.settings.working_folder / "examples"):
+            if example.question == text:
+                return {"text": example.question, "files": [str(path) for path in paths]}
+        return {"text": "", "files": []}
+
+    def add_photo(self, question: dict[str, Any] | None, photo: str | None) -> list[Any]:
+        """Let a picture of the camera go with the next question."""
+        if photo is None:
+            return [gr.skip(), gr.skip()]
+        question = question or {}
+        return [{"text": question.get("text") or "", "files": [*(question.get("files") or []), photo]}, None]
+
+    def show_seen(
+        self, is_open: bool, conversation: Conversation, browser: Any, model_id: str | None, request: gr.Request
+    ) -> Any:
+        """Show the last question's pictures as the model gets them."""
+        if not is_open:
+            return gr.update(visible=False, value=None)
+        try:
+            _, visitor = self._visitor(browser, request)
+            return gr.update(visible=True, value=self._seen(conversation, visitor, model_id))
+        except Exception as error:  # every kind becomes a message
+            gr.Warning(as_html(told(error)))
+            return gr.update(visible=False, value=None)
+
+    def services_stop(self, request: gr.Request) -> None:
+        """Stop the answer that is being written for this page."""
+        self.services.stop(request)
+
+    # Steps
+
+    def _answered(
+        self,
+        asked: Conversation,
+        before: Conversation,
+        visitor: Visitor,
+        browser: dict[str, Any],
+        model_id: str | None,
+        controls: tuple[str, float, float, float],
+        request: gr.Request,
+        typed: dict[str, Any] | None = None,
+    ) -> Iterator[list[Any]]:
+        """Stream the answer to a question, and keep what came of it, even if the visitor leaves meanwhile.
+
+        Args:
+            before: what is shown again when the question is refused, with `typed` in the field.
+        """
+        system, temperature, top_p, max_new_tokens = controls
+        text, statistics = "", None
+        try:
+            self.services.check_rate(request)
+            options = GenerationOptions(
+                temperature=float(temperature), top_p=float(top_p), max_new_tokens=int(max_new_tokens)
+            )
+            asked = dataclasses.replace(asked, system=self._system(system, model_id))
+            yield self._writing(asked, visitor, text, clears_field=typed is not None)
+            for partial in self.services.answer(model_id, engine_messages(asked, visitor.pictures), options, request):
+                text, statistics = partial
+                yield self._writing(asked, visitor, text)
+        except GeneratorExit:
+            self._keep(asked, visitor, text, model_id, None)
+            raise
+        except Exception as error:  # every kind becomes a message
+            gr.Warning(as_html(told(error)), title="Not answered", duration=15)
+            kept = self._keep(asked, visitor, text, model_id, None) if text else before
+            yield self._shown(kept, visitor, browser, question=typed if typed and not text else gr.skip())
+            return
+        yield self._shown(self._keep(asked, visitor, text, model_id, statistics), visitor, browser)
+
+    def _keep(
+        self, asked: Conversation, visitor: Visitor, text: str, model_id: str | None, statistics: Any
+    ) -> Conversation:
+        fields = None
+        if statistics is not None:
+            fields = {**dataclasses.asdict(statistics), "tokens_per_second": statistics.tokens_per_second}
+        answered = asked.with_answer(text, model_id or "", fields)
+        visitor.save(answered)
+        self.services.history.make_room(visitor)
+        return answered
+
+    def _with_question(self, question: dict[str, Any], conversation: Conversation, visitor: Visitor) -> Conversation:
+        files = question.get("files") or []
+        limits = self.services.settings.limits
+        if len(files) > limits.max_images_per_message:
+            raise UserError(
+                f"{len(files)} pictures at once; at most {limits.max_images_per_message} go with a question."
+            )
+        names = tuple(visitor.pictures.add_upload(path) for path in files)
+        return conversation.with_question(question.get("text") or "", names)
+
+    def _system(self, system: str, model_id: str | None) -> str:
+        """The system prompt, where the chosen model's template has a place for one."""
+        return (system or "").strip() if self.services.catalog.engine(model_id).description.takes_system else ""
+
+    def _seen(self, conversation: Conversation, visitor: Visitor, model_id: str | None) -> list[tuple[Any, str]]:
+        engine = self.services.catalog.engine(model_id)
+        if not isinstance(engine, LocalEngine):
+            raise UserError("This model runs on another server, which does not tell what it sees.")
+        names = next((message.pictures for message in reversed(conversation.messages) if message.pictures), ())
+        pictures = [visitor.pictures.open(name) for name in names]
+        return [
+            tuple(seen) for picture in pictures for seen in what_the_model_sees(engine.predictor.processor, picture)
+        ]
+
+    def _place_of(self, index: int | list[int] | tuple[int, ...], conversation: Conversation, visitor: Visitor) -> int:
+        """The place in the conversation of a row of the chatbot, which the browser names."""
+        row = index[0] if isinstance(index, (list, tuple)) else index
+        places = chat_rows(conversation, visitor.pictures).places
+        if not isinstance(row, int) or not 0 <= row < len(places):
+            raise UserError("This message is no longer there; reload the page.")
+        return places[row]
+
+    def _visitor(self, browser: Any, request: gr.Request) -> tuple[dict[str, Any], Visitor]:
+        """What the browser keeps, with a token, and whose chats that are."""
+        kept = browser if isinstance(browser, dict) and "token" in browser else {"token": new_token(), "chat": None}
+        return kept, self.services.visitor(kept, request)
+
+    def _writing(self, asked: Conversation, visitor: Visitor, text: str, clears_field: bool = False) -> list[Any]:
+        """Outputs while an answer comes."""
+        field = gr.update(value={"text": "", "files": []}) if clears_field else gr.skip()
+        rows = chat_rows(asked, visitor.pictures, unfinished=text)
+        return [gr.skip(), _chatbot(rows), field, gr.update(visible=True), gr.skip(), gr.skip()]
+
+    def _shown(
+        self, conversation: Conversation, visitor: Visitor, browser: dict[str, Any], question: Any = None
+    ) -> list[Any]:
+        """Outputs when nothing is being written."""
+        saved = visitor.conversations()
+        choices = [(chat.title, chat.chat_id) for chat in saved]
+        shown = conversation.chat_id if any(chat.chat_id == conversation.chat_id for chat in saved) else None
+        field = gr.skip() if question is None else question
+        return [
+            conversation,
+            _chatbot(chat_rows(conversation, visitor.pictures)),
+            field,
+            gr.update(visible=False),
+            gr.update(choices=choices, value=shown),
+            {**browser, "chat": conversation.chat_id},
+        ]
+
+
+def _chatbot(rows: ChatRows) -> dict[str, Any]:
+    return gr.update(value=rows.rows, feedback_value=rows.opinions)
+
+
+def _edited_text(value: Any) -> str:
+    """The new words of a question, however the chatbot wraps them."""
+    if isinstance(value, str):
+        return from_chatbot(value)
+    if isinstance(value, dict) and isinstance(value.get("text"), str):
+        return value["text"]
+    if isinstance(value, list):
+        return "\n".join(_edited_text(part) for part in value)
+    raise UserError("The changed question holds no text.")
+
+
+_EMPTY_CHAT = "Ask a question about a picture, or try one of these."
+
+
+def _examples(services: DemoServices) -> list[dict[str, Any]]:
+    return [
+        {"text": example.question, "display_text": example.name, "files": [str(path) for path in paths]}
+        for example, paths in write_examples(services.settings.working_folder / "examples")
+    ]

@@ -1,0 +1,156 @@
+"""`llava-saep demo`: its flags, and what they start."""
+
+import argparse
+import logging
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from llava_saep.errors import UserError
+from llava_saep.generation import GenerationOptions
+from llava_saep.model.quantization import QuantizationConfig
+from llava_saep.program import AbbreviatingParser
+from llava_saep.serve.access import add_access_flags, check_access
+from llava_saep.serve.demo.accounts import hash_password, password_check, read_accounts
+from llava_saep.serve.demo.catalog import ModelCatalog, ModelEntry, describe_folder, find_models
+from llava_saep.serve.demo.settings import MAX_HISTORY_BYTES, DemoSettings
+from llava_saep.serve.limits import add_limit_flags, limits_from
+
+logger = logging.getLogger(__name__)
+
+PORT = 7860
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser."""
+    parser = AbbreviatingParser(
+        prog="llava-saep demo", description="Chat with saved models about pictures, in a browser."
+    )
+    models = parser.add_argument_group("models")
+    for names, text in (
+        (("--model-path", "--model_path"), "folder that training wrote (--output_dir), or hub name; loaded at start"),
+        (("--models-dir", "--models_dir"), "folder whose checkpoints are offered; they are loaded when asked for"),
+        (("--model-base", "--model_base"), "language model of a projector or adapter, where that is not known"),
+        (("--conv-mode", "--conv_mode"), "conversation template (default: the one that a model was trained with)"),
+        (("--device",), "cpu, cuda, cuda:1, ... (default: a GPU where there is one)"),
+    ):
+        models.add_argument(*names, help=text)
+    parser.add_flag("load-8bit", action="store_true", help="round language models to 8 bits")
+    parser.add_flag("load-4bit", action="store_true", help="round language models to 4 bits")
+    parser.add_flag(
+        "trust-projector-code",
+        action="store_true",
+        help="let checkpoints import a projector from outside this package",
+    )
+    parser.add_flag("temperature", type=float, default=0.2, help="where the slider stands (default: %(default)s)")
+    parser.add_flag("top-p", type=float, default=1.0, help="likewise (default: %(default)s)")
+    _add_storage_flags(parser)
+    add_access_flags(parser, port=PORT)
+    parser.add_flag("auth-file", help="who may see the page: a file with lines of name:password or name:hash")
+    parser.add_flag(
+        "hash-password", action="store_true", help="ask for a password, print its line for --auth-file, end"
+    )
+    parser.add_flag("open-browser", action="store_true", help="open the page in this machine's browser")
+    add_limit_flags(parser)
+    return parser
+
+
+def _add_storage_flags(parser: AbbreviatingParser) -> None:
+    parser.add_flag("feedback-file", help="JSONL file for likes and dislikes (default: nobody is asked)")
+    parser.add_flag("feedback-image-folder", help="keep the pictures of judged chats here, named by their SHA-256")
+    parser.add_flag("history-dir", help="keep chats here, across restarts (default: until the server ends)")
+    parser.add_flag(
+        "max-history-bytes",
+        type=int,
+        default=MAX_HISTORY_BYTES,
+        help="of all chats and pictures; the visitors that have been away longest make room (default: %(default)s)",
+    )
+
+
+def main(argv: Sequence[str], *, ask_password: Callable[[str], str]) -> int:
+    """Serve the page until Ctrl-C.
+
+    Raises:
+        UserError, ProjectorError: a flag or the model's folder is wrong.
+    """
+    args = build_parser().parse_args(argv)
+    if args.hash_password:
+        name, password = input("name: "), ask_password("password: ")
+        print(f"{name}:{hash_password(password)}")
+        return 0
+    accounts = None if args.auth_file is None else read_accounts(args.auth_file)
+    check_access(args, has_authentication=accounts is not None, how_to_authenticate="--auth-file FILE")
+    catalog = build_catalog(args)
+    serve(args, catalog, accounts)
+    return 0
+
+
+def build_catalog(args: argparse.Namespace) -> ModelCatalog:
+    """Find the models that the flags name, and load the one of --model-path.
+
+    Raises:
+        UserError, ProjectorError: there is none, or it cannot be loaded.
+    """
+    entries: list[ModelEntry] = []
+    if args.model_path is not None:
+        name = Path(args.model_path).name or args.model_path
+        entries.append(describe_folder(args.model_path, name, model_base=args.model_base))
+    if args.models_dir is not None:
+        skipped: list[str] = []
+        found = find_models(args.models_dir, on_skipped=lambda path, reason: skipped.append(f"{path}: {reason}"))
+        taken = {entry.folder.resolve() for entry in entries}
+        entries += [entry for entry in found if entry.folder.resolve() not in taken]
+        for line in skipped:
+            logger.debug("not offered: %s", line)
+        if skipped:
+            print(f"{len(skipped)} folders in {args.models_dir} have a config.json and are no models that load here.")
+    if not entries:
+        raise UserError("no model: give --model-path FOLDER, or --models-dir with a folder that holds checkpoints")
+    catalog = ModelCatalog(
+        entries,
+        load_options={
+            "device": args.device,
+            "trust_projector_code": args.trust_projector_code,
+            "quantization": QuantizationConfig.for_loading(load_4bit=args.load_4bit, load_8bit=args.load_8bit),
+            "model_base": args.model_base,
+            "template": args.conv_mode,
+        },
+    )
+    if args.model_path is not None:
+        catalog.load_now(entries[0].model_id)
+    return catalog
+
+
+def serve(args: argparse.Namespace, catalog: ModelCatalog, accounts: dict[str, str] | None) -> None:
+    """Build the page and serve it until Ctrl-C."""
+    from llava_saep.serve.demo.launching import launch, storage_secret, working_folder
+    from llava_saep.serve.demo.page import build_page
+    from llava_saep.serve.demo.services import DemoServices
+
+    history_folder = None if args.history_dir is None else Path(args.history_dir)
+    with working_folder() as folder:
+        settings = DemoSettings(
+            working_folder=folder,
+            limits=limits_from(args),
+            options=GenerationOptions(temperature=args.temperature, top_p=args.top_p),
+            history_folder=history_folder,
+            max_history_bytes=args.max_history_bytes,
+            feedback_file=None if args.feedback_file is None else Path(args.feedback_file),
+            feedback_image_folder=None if args.feedback_image_folder is None else Path(args.feedback_image_folder),
+        )
+        services = DemoServices(catalog, settings)
+        page = build_page(services, storage_secret=storage_secret(history_folder))
+        is_allowed = None if accounts is None else password_check(accounts)
+        address = launch(
+            page, services, host=args.host, port=args.port, is_allowed=is_allowed, opens_browser=args.open_browser
+        )
+        print(f"The page is at {address} (Ctrl-C ends it).", flush=True)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            print("Ending.", file=sys.stderr)
+        finally:
+            services.stop_all()
+            page.close(verbose=False)
+            catalog.close()

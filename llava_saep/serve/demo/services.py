@@ -1,0 +1,159 @@
+"""What the sections of the page share: models, chats, limits, and the answers that are being written."""
+
+import dataclasses
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import gradio as gr
+
+from llava_saep.errors import UserError
+from llava_saep.generation import AnswerStatistics, AnswerStream, GenerationOptions
+from llava_saep.generation.messages import Message
+from llava_saep.serve.demo.catalog import ModelCatalog
+from llava_saep.serve.demo.feedback import FeedbackFile
+from llava_saep.serve.demo.history import History, Visitor, is_token, new_token
+from llava_saep.serve.demo.settings import DemoSettings
+from llava_saep.serve.limits import check_conversation
+from llava_saep.serve.rate import RequestRate
+
+SECONDS_BETWEEN_UPDATES = 0.08
+"""The page is drawn anew this often at most while an answer comes; each time the whole chat is sent."""
+
+
+class ChatParts(NamedTuple):
+    """The components of the chat that other sections read.
+
+    Attributes:
+        conversation: gr.State with a `Conversation`.
+        browser: gr.BrowserState with the visitor's token, for `DemoServices.visitor`.
+        model: gr.Dropdown with the name of the chosen model.
+    """
+
+    conversation: gr.State
+    browser: gr.BrowserState
+    model: gr.Dropdown
+
+
+class PartialAnswer(NamedTuple):
+    """An answer as far as it has come; at its end with statistics."""
+
+    text: str
+    statistics: AnswerStatistics | None = None
+
+
+class DemoServices:
+    """One object per page. Thread-safe."""
+
+    def __init__(self, catalog: ModelCatalog, settings: DemoSettings):
+        self.catalog = catalog
+        self.settings = settings
+        self.history = History(
+            settings.history_folder or settings.working_folder / "history",
+            settings.working_folder / "previews",
+            settings.limits,
+            max_bytes=settings.max_history_bytes,
+        )
+        self.feedback = (
+            None
+            if settings.feedback_file is None
+            else FeedbackFile(settings.feedback_file, settings.feedback_image_folder)
+        )
+        self._rate = RequestRate(settings.limits.max_requests_per_minute)
+        self._running: dict[str, list[AnswerStream]] = {}
+        self._num_running = 0
+        self._lock = threading.Lock()
+
+    def visitor(self, browser: Any, request: gr.Request) -> Visitor:
+        """Whose chats these are, by the token in the browser; a new visitor where there is none."""
+        token = browser.get("token") if isinstance(browser, dict) else None
+        return self.history.visitor(token if is_token(token) else new_token(), request.username)
+
+    def check_rate(self, request: gr.Request) -> None:
+        """Count a question.
+
+        Raises:
+            UserError: this client has asked too many within a minute.
+        """
+        client = request.client.host if request.client else "unknown"
+        seconds = self._rate.seconds_to_wait(client)
+        if seconds > 0:
+            allowed = self.settings.limits.max_requests_per_minute
+            raise UserError(f"At most {allowed} questions a minute are answered; ask again in {seconds:.0f} seconds.")
+
+    def answer(
+        self, model_id: str | None, messages: list[Message], options: GenerationOptions, request: gr.Request
+    ) -> Iterator[PartialAnswer]:
+        """Ask a model, and yield its answer as far as it has come, some times a second and once at the end.
+
+        The model stops when `stop` is called for the session, or the iterator is closed.
+
+        Raises:
+            UserError: a limit is exceeded, the model is not loaded, or the engine refuses.
+        """
+        limits = self.settings.limits
+        check_conversation(messages, limits)
+        options = dataclasses.replace(options, max_new_tokens=min(options.max_new_tokens, limits.max_new_tokens))
+        with self._place(), self.catalog.using(model_id) as engine:
+            stream = engine.stream(messages, options, max_seconds=limits.max_generation_seconds)
+            with self._stoppable(stream, request.session_hash or secrets.token_hex(8)):
+                yield from _paced(stream)
+
+    def stop(self, request: gr.Request) -> None:
+        """Stop the answers that are being written for a session."""
+        with self._lock:
+            streams = list(self._running.get(request.session_hash or "", ()))
+        for stream in streams:
+            stream.close()
+
+    def stop_all(self) -> None:
+        """Stop all answers."""
+        with self._lock:
+            streams = [stream for streams in self._running.values() for stream in streams]
+        for stream in streams:
+            stream.close()
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        """Take one of the places for questions that wait or are answered.
+
+        Raises:
+            UserError: all are taken.
+        """
+        most = self.settings.limits.max_queue + 1
+        with self._lock:
+            if self._num_running >= most:
+                raise UserError(f"{most - 1} questions wait for the model already; ask again in a moment.")
+            self._num_running += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_running -= 1
+
+    @contextmanager
+    def _stoppable(self, stream: AnswerStream, session: str) -> Iterator[None]:
+        with self._lock:
+            self._running.setdefault(session, []).append(stream)
+        try:
+            yield
+        finally:
+            stream.close()
+            with self._lock:
+                self._running[session].remove(stream)
+                if not self._running[session]:
+                    del self._running[session]
+
+
+def _paced(stream: AnswerStream) -> Iterator[PartialAnswer]:
+    text, drawn = "", 0.0
+    for piece in stream:
+        text += piece
+        if time.monotonic() - drawn >= SECONDS_BETWEEN_UPDATES:
+            drawn = time.monotonic()
+            yield PartialAnswer(text)
+    stream.close()
+    yield PartialAnswer(text.strip(), stream.statistics)

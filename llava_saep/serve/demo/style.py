@@ -1,0 +1,45 @@
+"""How the page looks: one restrained theme for light and dark, of the system's own fonts."""
+
+import gradio as gr
+
+TITLE = "llava-saep"
+
+_SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
+_MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
+
+CSS = """
+footer { display: none !important; }
+#side h1.title { font-size: 1.1rem; font-weight: 650; margin: 0; }
+#side .sidebar-content { gap: 12px; }
+#model-card ul { margin: 0; padding: 0; list-style: none; font-size: var(--text-sm); }
+#model-card li { margin: 0; line-height: 1.6; list-style: none; color: var(--body-text-color-subdued); }
+#model-card progress { width: 100%; accent-color: var(--primary-500); }
+#chat .message { white-space: pre-wrap; overflow-wrap: anywhere; }
+/* The numbers under an answer, which are its second row. */
+#chat .bot .message + .message .message-content, #chat .bot .message + .message .message-content span {
+  font-size: var(--text-xs) !important; color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums;
+}
+#chat .bot .message + .message { margin-top: 6px; }
+/* Gradio offers to share every message with a picture on Hugging Face, and has no switch for it. */
+#chat button:has(path[d^="M23,20a5"]) { display: none; }
+#chats .wrap { flex-direction: column; flex-wrap: nowrap; gap: 2px; max-height: 32dvh; overflow-y: auto; }
+#chats label { width: 100%; border: none; box-shadow: none; background: transparent; padding: 6px 8px; }
+#chats label span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; margin: 0; }
+#chats label.selected { background: var(--background-fill-secondary); font-weight: 600; }
+#chats input { position: absolute; opacity: 0; width: 0; }
+#chat-actions { align-items: center; gap: 20px; justify-content: flex-start; }
+#chat-actions > * { flex: 0 0 auto !important; width: auto !important; min-width: 0 !important; }
+#chat-actions .block { border: none; background: none; padding: 0; box-shadow: none; overflow: visible; }
+"""
+
+
+def theme() -> gr.themes.Base:
+    """The page's theme. Gradio's own names fonts of other hosts or brings fonts along; this one has neither."""
+    return gr.themes.Base(
+        primary_hue=gr.themes.colors.indigo,
+        neutral_hue=gr.themes.colors.slate,
+        radius_size=gr.themes.sizes.radius_md,
+        text_size=gr.themes.sizes.text_md,
+        font=[gr.themes.Font(name) for name in _SANS],
+        font_mono=[gr.themes.Font(name) for name in _MONO],
+    )
