@@ -234,10 +234,10 @@ class JudgedTask(Task):
 
     @abstractmethod
     def judge_requests(self, folder: Path, split: str, answers: Sequence[Answer]) -> list[JudgeRequest]:
-        """What to ask the judge, in the order of the questions.
+        """What to ask the judge, in the order of the questions; those without an answer are not put to it.
 
         Raises:
-            UserError: a file is absent or malformed, or a question has no answer.
+            UserError: a file is absent or malformed, or annotations do not match the questions.
         """
 
     @abstractmethod

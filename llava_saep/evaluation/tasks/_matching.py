@@ -64,22 +64,6 @@ def _short_key(key: tuple[str, str, int]) -> tuple[str, int]:
     return question_id, round_id
 
 
-def match_all_answers(questions: Sequence[TaskQuestion], answers: Sequence[Answer], name: str) -> list[Answer]:
-    """An answer to each question, for what cannot go on without one of them.
-
-    Raises:
-        UserError: a question has no answer; `name` is the task's.
-    """
-    matched = match_answers(questions, answers).answers
-    missing = [question.question_id for question, answer in zip(questions, matched, strict=True) if answer is None]
-    if missing:
-        raise UserError(
-            f"{name}: {len(missing)} of {len(questions)} questions have no answer, the first one {missing[0]!r}; "
-            "answer them before the judge is asked"
-        )
-    return [answer for answer in matched if answer is not None]
-
-
 def unreviewed(questions: Sequence[TaskQuestion], lines: Sequence[Mapping[str, Any]]) -> Exclusion | None:
     """The questions that no line of a review file is about."""
     reviewed = {str(line.get("question_id")) for line in lines}

@@ -27,7 +27,7 @@ from ._base import (
     TaskResult,
 )
 from ._files import read_answers, read_json_lines, read_task_questions, required
-from ._matching import collect_exclusions, exclusion, match_all_answers, match_answers, unreviewed
+from ._matching import collect_exclusions, exclusion, match_answers, unreviewed
 from ._scoring import grouped
 
 QUESTION_FILE = "questions.jsonl"
@@ -154,16 +154,17 @@ class LlavaBench(JudgedTask):
         return read_task_questions(folder / QUESTION_FILE, folder / "images")
 
     def judge_requests(self, folder: Path, split: str, answers: Sequence[Answer]) -> list[JudgeRequest]:
-        """One comparison with GPT-4's answer per question."""
+        """One comparison per answer; a question without one is not put to the judge, which `score_reviews` counts."""
         questions = self.questions(folder, split)
-        matched = match_all_answers(questions, answers, self.name)
+        matched = match_answers(questions, answers)
         references = match_answers(questions, read_answers(folder / REFERENCE_FILE))
         contexts = read_contexts(folder / CONTEXT_FILE)
         return [
             comparison_request(number, question, reference, answer, contexts, folder / REFERENCE_FILE)
             for number, (question, reference, answer) in enumerate(
-                zip(questions, references.answers, matched, strict=True), 1
+                zip(questions, references.answers, matched.answers, strict=True), 1
             )
+            if answer is not None
         ]
 
     def review_line(self, review: Review) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from ._base import (
     TaskResult,
 )
 from ._files import read_json, read_task_questions, required, write_json
-from ._matching import collect_exclusions, exclusion, match_all_answers, unreviewed
+from ._matching import collect_exclusions, exclusion, match_answers, unreviewed
 from ._scoring import mean_metric, mean_rows
 from ._sources import EVAL_ZIP
 
@@ -120,13 +120,14 @@ class MMVet(JudgedTask):
         return read_task_questions(folder / QUESTION_FILE, folder / "images")
 
     def judge_requests(self, folder: Path, split: str, answers: Sequence[Answer]) -> list[JudgeRequest]:
-        """One table per answer."""
+        """One table per answer; a question without one is not put to the judge, which `score_reviews` counts."""
         path = folder / ANNOTATION_FILE
         annotations = read_json(path, dict)
         questions = self.questions(folder, split)
         return [
-            _request(question, answer.text, annotations, str(path))
-            for question, answer in zip(questions, match_all_answers(questions, answers, self.name), strict=True)
+            _request(question, text, annotations, str(path))
+            for question, text in zip(questions, match_answers(questions, answers).texts, strict=True)
+            if text is not None
         ]
 
     def review_line(self, review: Review) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from llava_saep.errors import UserError
 
 from ._base import Answer, Requirement, Task, TaskQuestion, TaskResult
 from ._files import read_json_lines, required
-from ._matching import match_answers
+from ._matching import match_labels
 from ._scoring import mean_metric
 from ._sources import COCO_IMAGES
 
@@ -113,14 +113,16 @@ class RefCOCO(Task):
 
     def score(self, folder: Path, split: str, answers: Sequence[Answer]) -> TaskResult:
         """Accuracy with the numbers read as of the padded image, and as of the image."""
-        records = [(record, place) for _, (record, place) in self._records(folder, split)]
-        matched = match_answers(self.questions(folder, split), answers)
+        records = dict(self._records(folder, split))
+        matched = match_labels(
+            self.questions(folder, split), answers, lambda question: records.get(question.question_id), split
+        )
         boxes = [None if text is None else parse_box(text) for text in matched.texts]
         unread = sum(box is None and text is not None for box, text in zip(boxes, matched.texts, strict=True))
         hits = {
             padded: [
                 float(box is not None and _hits(box, record, padded, place))
-                for box, (record, place) in zip(boxes, records, strict=True)
+                for box, (record, place) in zip(boxes, matched.labels, strict=True)
             ]
             for padded in (True, False)
         }

@@ -12,7 +12,7 @@ from llava_saep.errors import UserError
 
 from ._base import LONG_ANSWER_TOKENS, Answer, CategoryRow, Requirement, Task, TaskQuestion, TaskResult
 from ._files import read_json, required
-from ._matching import match_answers
+from ._matching import collect_exclusions, exclusion, match_answers
 from ._scoring import grouped, mean_metric, mean_rows
 from ._sources import EVAL_ZIP, OPTION_LETTER
 
@@ -175,27 +175,28 @@ class ScienceQA(Task):
         """Accuracy on questions with an image and on all, and by subject and grade where problems.json has them."""
         problems, problem_ids = read_problems(folder, split)
         questions = {str(question.question_id): question for question in self.questions(folder, split)}
-        unasked = [each for each in problem_ids if each not in questions]
-        if unasked:
-            raise UserError(
-                f"{folder / QUESTION_FILE}: lacks {len(unasked)} of the {len(problem_ids)} problems of the split, "
-                f"the first one {unasked[0]!r}"
-            )
-        asked = [questions[each] for each in problem_ids]
+        asked = [questions[each] for each in problem_ids if each in questions]
+        if not asked:
+            raise UserError(f"{folder / QUESTION_FILE}: asks none of the problems of the split {split!r}")
         matched = match_answers(asked, answers)
         given = {
-            str(q.question_id): Answer(question_id=q.question_id, text=text or FAILED, prompt=q.prompt)
+            str(q.question_id): Answer(
+                question_id=q.question_id, text=FAILED if text is None else text, prompt=q.prompt
+            )
             for q, text in zip(asked, matched.texts, strict=True)
         }
-        outcomes = judge_problems(problems, problem_ids, given, str(folder / "problems.json"))
+        outcomes = judge_problems(problems, list(given), given, str(folder / "problems.json"))
         is_right = [float(outcome.is_right) for outcome in outcomes]
         with_image = [float(outcome.is_right) for outcome in outcomes if outcome.has_image]
         return TaskResult(
             task=self.name,
             split=split,
             metrics=(mean_metric("accuracy with image", with_image), mean_metric("accuracy", is_right)),
-            rows=_rows([problems[each] for each in problem_ids], is_right),
-            exclusions=matched.exclusions,
+            rows=_rows([problems[each] for each in given], is_right),
+            exclusions=matched.exclusions
+            + collect_exclusions(
+                exclusion("problems that are not asked", "left out", (x for x in problem_ids if x not in questions))
+            ),
             notes=(f"answers in which no letter was found: {sum(each.letter == FAILED for each in outcomes)}",),
         )
 

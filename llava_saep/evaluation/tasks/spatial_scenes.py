@@ -14,7 +14,7 @@ from llava_saep.evaluation.questions import Question, read_questions
 
 from ._base import Answer, CategoryRow, Metric, Requirement, Task, TaskQuestion, TaskResult
 from ._files import read_task_questions
-from ._matching import match_answers
+from ._matching import match_labels
 from ._scoring import grouped, mean_metric
 
 SOURCE = "python -m playground.spatial_scenes --output playground/data/eval/spatial_scenes"
@@ -47,16 +47,20 @@ class SpatialScenes(Task):
         unlabelled = [question.question_id for question in asked if question.answer is None]
         if unlabelled:
             raise UserError(f"{path}: {len(unlabelled)} questions have no `answer`, the first one {unlabelled[0]!r}")
-        matched = match_answers(self.questions(folder, split), answers)
+        by_id = {question.question_id: question for question in asked}
+        matched = match_labels(
+            self.questions(folder, split), answers, lambda question: by_id.get(question.question_id), str(path)
+        )
         is_right = [
             float(text is not None and ends_with_answer(text, question.answer or ""))
-            for question, text in zip(asked, matched.texts, strict=True)
+            for question, text in zip(matched.labels, matched.texts, strict=True)
         ]
-        kinds = grouped((question.category for question in asked), zip(asked, is_right, strict=True))
+        pairs = list(zip(matched.labels, is_right, strict=True))
+        kinds = grouped((question.category for question, _ in pairs), pairs)
         return TaskResult(
             task=self.name,
             split=split,
-            metrics=(mean_metric("accuracy", is_right), _chance(asked)),
+            metrics=(mean_metric("accuracy", is_right), _chance(matched.labels)),
             rows=tuple(
                 CategoryRow(
                     category=kind,

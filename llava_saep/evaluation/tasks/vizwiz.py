@@ -10,7 +10,7 @@ from llava_saep.errors import UserError
 
 from ._base import Answer, Requirement, Task, TaskQuestion, TaskResult
 from ._files import read_json, read_json_lines, read_task_questions, required, write_json
-from ._matching import match_answers
+from ._matching import match_labels
 from ._scoring import grouped, mean_metric, mean_rows
 from ._sources import EVAL_ZIP, SHORT_ANSWER
 from ._vqa_answers import normalize_vqa_answer, vqa_score
@@ -75,17 +75,18 @@ class VizWiz(Task):
         if split == "test":
             raise UserError("vizwiz:test: the labels are hidden; EvalAI scores the upload file (challenge 1911)")
         path = folder / VAL_FILE
-        records = read_json(path, list)
-        matched = match_answers(self.questions(folder, split), answers)
+        by_image = {record["image"]: record for record in read_json(path, list)}
+        questions = self.questions(folder, split)
+        matched = match_labels(questions, answers, lambda each: by_image.get(each.question_id), str(path))
         scores = [
             0.0 if text is None else vqa_score(text, _human_answers(record, path), f"{path}: {record['image']}")
-            for record, text in zip(records, matched.texts, strict=True)
+            for record, text in zip(matched.labels, matched.texts, strict=True)
         ]
         return TaskResult(
             task=self.name,
             split=split,
             metrics=(mean_metric("accuracy", scores),),
-            rows=mean_rows(grouped((record.get("answer_type", "unknown") for record in records), scores)),
+            rows=mean_rows(grouped((record.get("answer_type", "unknown") for record in matched.labels), scores)),
             exclusions=matched.exclusions,
         )
 

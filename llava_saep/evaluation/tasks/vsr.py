@@ -14,7 +14,7 @@ from llava_saep.errors import UserError
 
 from ._base import Answer, Requirement, Task, TaskQuestion, TaskResult
 from ._files import read_json_lines, required
-from ._matching import match_answers
+from ._matching import match_labels
 from ._scoring import grouped, mean_metric, mean_rows, share_metric
 from ._sources import SHORT_ANSWER
 
@@ -61,18 +61,19 @@ class VSR(Task):
     def score(self, folder: Path, split: str, answers: Sequence[Answer]) -> TaskResult:
         """Accuracy, the share of answers "true", and accuracy by relation."""
         path = self._file(folder, split)
-        labels = [_label(record, f"{path}, record {i}") for i, record in enumerate(read_json_lines(path))]
-        questions = self.questions(folder, split)
-        matched = match_answers(questions, answers)
+        labels = {i: _label(record, f"{path}, record {i}") for i, record in enumerate(read_json_lines(path))}
+        matched = match_labels(
+            self.questions(folder, split), answers, lambda question: labels.get(question.question_id), str(path)
+        )
         verdicts = [None if text is None else parse_verdict(text) for text in matched.texts]
-        is_right = [float(verdict == label) for verdict, label in zip(verdicts, labels, strict=True)]
+        is_right = [float(verdict == label) for verdict, label in zip(verdicts, matched.labels, strict=True)]
         read = [verdict for verdict in verdicts if verdict is not None]
         unread = len([text for text in matched.texts if text is not None]) - len(read)
         return TaskResult(
             task=self.name,
             split=split,
             metrics=(mean_metric("accuracy", is_right), share_metric("true ratio", sum(read), len(read))),
-            rows=mean_rows(grouped((question.category for question in questions), is_right)),
+            rows=mean_rows(grouped((question.category for question in matched.questions), is_right)),
             exclusions=matched.exclusions,
             notes=(f"answers that neither agree nor deny, counted as wrong: {unread}",),
         )

@@ -18,7 +18,7 @@ from llava_saep.errors import UserError
 
 from ._base import Answer, Metric, Requirement, Task, TaskQuestion, TaskResult
 from ._files import read_json, required
-from ._matching import match_answers
+from ._matching import match_labels
 from ._options import LETTERS, list_options, read_letter
 from ._scoring import grouped, mean_metric, mean_rows
 from ._sources import COCO_IMAGES, OPTION_LETTER
@@ -126,12 +126,12 @@ class WhatsUp(Task):
 
     def score(self, folder: Path, split: str, answers: Sequence[Answer]) -> TaskResult:
         """Share of images whose right sentence was chosen."""
-        examples = self._examples(folder, split)
+        examples = dict(enumerate(self._examples(folder, split)))
         questions = self.questions(folder, split)
-        matched = match_answers(questions, answers)
+        matched = match_labels(questions, answers, lambda each: examples.get(each.question_id), split)
         is_right, unread = [], 0
-        for index, (example, text) in enumerate(zip(examples, matched.texts, strict=True)):
-            options, right_letter = shuffled_options(example, index)
+        for question, example, text in zip(matched.questions, matched.labels, matched.texts, strict=True):
+            options, right_letter = shuffled_options(example, question.question_id)
             letter = None if text is None else read_letter(text, options)
             unread += letter is None and text is not None
             is_right.append(float(letter == right_letter))
@@ -141,9 +141,9 @@ class WhatsUp(Task):
             split=split,
             metrics=(
                 mean_metric("accuracy", is_right),
-                *(group_metrics(examples, is_right) if is_controlled else ()),
+                *(group_metrics(matched.labels, is_right) if is_controlled else ()),
             ),
-            rows=mean_rows(grouped((q.category for q in questions), is_right)) if is_controlled else (),
+            rows=mean_rows(grouped((q.category for q in matched.questions), is_right)) if is_controlled else (),
             exclusions=matched.exclusions,
             notes=(f"answers that name none of the options, counted as wrong: {unread}",),
         )

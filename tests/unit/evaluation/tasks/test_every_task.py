@@ -1,0 +1,152 @@
+"""What holds for every benchmark: nothing is lost, nothing is doubled, and what is missing is said."""
+
+import shutil
+
+import pytest
+
+from llava_saep.errors import UserError
+from llava_saep.evaluation.tasks import EmbeddedImage, JudgedTask, find_task, select_tasks, task_names
+from tests.fixtures.benchmarks import answers_to, write_sample
+
+SPLITS = [(name, split) for name in task_names() for split in find_task(name).splits]
+SCORED = [
+    (name, split)
+    for name, split in SPLITS
+    if find_task(name).has_labels(split) and not isinstance(find_task(name), JudgedTask)
+]
+
+
+@pytest.fixture
+def sample(tmp_path, request):
+    """(task, folder with its sample, right answers of each split)."""
+    task = find_task(request.param)
+    folder = tmp_path / task.folder_name
+    return task, folder, write_sample(task.name, folder)
+
+
+def over_splits(splits):
+    return pytest.mark.parametrize(("sample", "split"), splits, indirect=["sample"], ids=[":".join(s) for s in splits])
+
+
+@over_splits(SPLITS)
+def test_questions_are_complete_and_their_images_are_there(sample, split):
+    task, folder, right = sample
+    questions = task.questions(folder, split)
+    assert len(questions) == len(right[split]) > 0
+    assert len({question.key for question in questions}) == len(questions)
+    for question in questions:
+        assert question.text.startswith(question.prompt.removeprefix("<image>\n"))
+        for image in question.images:
+            assert image.open().mode == "RGB" if isinstance(image, EmbeddedImage) else image.is_file()
+
+
+@over_splits(SPLITS)
+def test_what_the_doctor_asks_for_is_what_the_task_reads(sample, split):
+    task, folder, right = sample
+    requirements = task.requirements(folder, split)
+    assert all(each.path.exists() and each.source for each in requirements)
+    assert {each.purpose for each in requirements} <= {"questions", "images", "score"}
+    answers = answers_to(task.name, folder, split, right[split])
+
+    def read():
+        task.questions(folder, split)
+        if isinstance(task, JudgedTask):
+            task.judge_requests(folder, split, answers)
+        elif task.has_labels(split):
+            task.score(folder, split, answers)
+        task.export(folder, split, answers, folder / "out")
+
+    read()
+    for requirement in requirements:
+        if requirement.purpose != "images" and requirement.path.is_file():
+            hidden = requirement.path.with_name("hidden")
+            requirement.path.rename(hidden)
+            with pytest.raises(UserError, match=requirement.path.name.replace("+", r"\+")):
+                read()
+            hidden.rename(requirement.path)
+
+
+@over_splits(SCORED)
+def test_right_answers_score_one(sample, split):
+    task, folder, right = sample
+    result = task.score(folder, split, answers_to(task.name, folder, split, right[split]))
+    assert (result.task, result.split, result.exclusions) == (task.name, split, ())
+    full = {"perception": 2000, "cognition": 800}
+    assert result.metrics[0].value == pytest.approx(full.get(result.metrics[0].name, 1))
+    assert result.metrics[0].n > 0
+
+
+@over_splits(SCORED)
+def test_a_missing_answer_is_wrong_and_counted_and_keeps_the_denominator(sample, split):
+    task, folder, right = sample
+    answers = answers_to(task.name, folder, split, right[split])
+    whole, part = task.score(folder, split, answers), task.score(folder, split, answers[1:])
+    (missing,) = part.exclusions
+    assert (missing.reason, missing.count, missing.effect) == ("questions without an answer", 1, "counted as wrong")
+    assert missing.examples == (str(answers[0].question_id),)
+    assert part.metrics[0].n == whole.metrics[0].n
+    assert part.metrics[0].value < whole.metrics[0].value
+
+
+@over_splits(SCORED)
+def test_of_two_answers_to_one_question_the_last_counts_and_the_other_is_reported(sample, split):
+    task, folder, right = sample
+    answers = answers_to(task.name, folder, split, right[split])
+    wrong = answers_to(task.name, folder, split, ["unheard of"] * len(answers))
+    result = task.score(folder, split, [wrong[0], *answers])
+    assert result.metrics == task.score(folder, split, answers).metrics
+    assert [(each.reason, each.count) for each in result.exclusions] == [("answers that a later one replaces", 1)]
+
+
+@over_splits(SCORED)
+def test_answers_to_no_question_are_reported(sample, split):
+    task, folder, right = sample
+    answers = answers_to(task.name, folder, split, right[split])
+    stranger = type(answers[0])(question_id="stranger", text="yes")
+    result = task.score(folder, split, [*answers, stranger])
+    (unknown,) = result.exclusions
+    assert (unknown.reason, unknown.count, unknown.examples) == ("answers to no question", 1, ("stranger",))
+
+
+@over_splits(SCORED)
+def test_the_order_of_answers_does_not_matter(sample, split):
+    task, folder, right = sample
+    answers = answers_to(task.name, folder, split, right[split])
+    assert task.score(folder, split, answers[::-1]) == task.score(folder, split, answers)
+
+
+@over_splits([(name, split) for name, split in SPLITS if not find_task(name).has_labels(split)])
+def test_hidden_labels_are_said_and_an_upload_is_written(sample, split):
+    task, folder, right = sample
+    answers = answers_to(task.name, folder, split, right[split])
+    with pytest.raises(UserError, match=f"{task.name}:{split}: the labels are hidden"):
+        task.score(folder, split, answers)
+    written = task.export(folder, split, answers, folder / "upload")
+    assert written and all(path.is_file() for path in written)
+
+
+def test_tasks_are_selected_by_name_and_split():
+    selected = select_tasks(["pope, textvqa", "mmbench:dev_all_rounds", "pope"])
+    labels = ["pope", "textvqa:val_ocr", "textvqa:val_no_ocr", "mmbench:dev_all_rounds"]
+    assert [each.label for each in selected] == labels
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("pop", "unknown task 'pop'. Did you mean 'pope'?"),
+        ("mmbench:train", "no split 'train'. Splits: dev, dev_all_rounds, test, test_all_rounds"),
+    ],
+)
+def test_unknown_tasks_and_splits_are_refused(text, message):
+    with pytest.raises(UserError, match=message.replace("?", r"\?")):
+        select_tasks([text])
+
+
+def test_a_new_file_is_a_task(tmp_path, monkeypatch):
+    from llava_saep.evaluation.tasks import _registry
+
+    monkeypatch.setattr(_registry, "__file__", str(tmp_path / "_registry.py"))
+    shutil.copy(__file__, tmp_path / "mine.py")
+    (tmp_path / "_shared.py").touch()
+    assert task_names() == ["mine"]
