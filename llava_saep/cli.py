@@ -20,6 +20,7 @@ COMMANDS = {
     "train": Command("llava_saep.commands.train", "train a model with LLaVA's flags, through the deepspeed launcher"),
     "chat": Command("llava_saep.commands.chat", "talk in the terminal with any saved model about images"),
     "demo": Command("llava_saep.commands.demo", "the same in a web page: chats, pictures, several models"),
+    "serve": Command("llava_saep.commands.serve", "answer programs over HTTP, in the protocol of OpenAI's clients"),
     "eval": Command("llava_saep.commands.evaluate", "answer a file of questions and score the answers"),
     "projectors": Command("llava_saep.commands.projectors", "list, show, check, measure and document the projectors"),
     "bench": Command("llava_saep.commands.bench", "measure training steps on the machine at hand"),

@@ -71,8 +71,8 @@ def is_loopback(host: str) -> bool:
     return all(ipaddress.ip_address(address[0].partition("%")[0]).is_loopback for *_, address in found)
 
 
-def open_listener(host: str, port: int) -> socket.socket:
-    """Listen at an address before anything slow is done, so that a port in use is noticed at once.
+def bind_socket(host: str, port: int) -> socket.socket:
+    """Take an address before anything slow is done, so that a port in use is noticed at once; nobody can connect yet.
 
     Raises:
         UserError: the port is in use or not allowed, or the address is not this machine's.
@@ -87,7 +87,6 @@ def open_listener(host: str, port: int) -> socket.socket:
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
-            listener.listen(128)
         except BaseException:
             listener.close()
             raise

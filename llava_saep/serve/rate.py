@@ -1,5 +1,6 @@
 """How many questions one client may ask within a minute."""
 
+import ipaddress
 import threading
 import time
 from collections import OrderedDict, deque
@@ -38,3 +39,14 @@ class RequestRate:
                 return times[0] + _WINDOW_SECONDS - now
             times.append(now)
             return 0.0
+
+
+def client_name(address: str) -> str:
+    """Return what one client's addresses share: of IPv6 the first half; the second is the client's to choose."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv4Address):
+        return str(parsed)
+    return str(parsed.ipv4_mapped or ipaddress.ip_network((int(parsed) >> 64 << 64, 64)))

@@ -6,7 +6,7 @@ import pytest
 
 from llava_saep.errors import UserError
 from llava_saep.program import AbbreviatingParser
-from llava_saep.serve.access import add_access_flags, check_access, check_host, is_loopback, open_listener
+from llava_saep.serve.access import add_access_flags, bind_socket, check_access, check_host, is_loopback
 
 NOTHING = {"has_authentication": False, "allows_unauthenticated": False, "how_to_authenticate": "--api-key-file FILE"}
 
@@ -54,12 +54,13 @@ def test_the_flag_gives_authentication_up():
 
 
 def test_a_port_in_use_is_named():
-    with open_listener("127.0.0.1", 0) as listener:
+    with bind_socket("127.0.0.1", 0) as listener:
+        listener.listen()
         port = listener.getsockname()[1]
         with pytest.raises(UserError, match=f"127.0.0.1:{port}: the port is in use"):
-            open_listener("127.0.0.1", port)
+            bind_socket("127.0.0.1", port)
 
 
 def test_an_address_of_another_machine_is_named():
     with pytest.raises(UserError, match="belongs to no network of this machine"):
-        open_listener("192.0.2.1", 0)  # TEST-NET-1: nobody has it
+        bind_socket("192.0.2.1", 0)  # TEST-NET-1: nobody has it

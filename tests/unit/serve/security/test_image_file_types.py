@@ -9,7 +9,7 @@ from PIL import Image
 from llava_saep.errors import UserError
 from llava_saep.serve.limits import Limits
 from llava_saep.serve.untrusted import open_untrusted_image
-from tests.unit.serve.security.images import HTML, SVG, encoded, gradient, sideways_jpeg, sixteen_bit_png
+from tests.fixtures.image_files import HTML, SVG, encoded, gradient, sideways_jpeg, sixteen_bit_png
 
 LIMITS = Limits()
 

@@ -8,7 +8,7 @@ import pytest
 from llava_saep.errors import UserError
 from llava_saep.serve.limits import Limits
 from llava_saep.serve.untrusted import open_untrusted_image, read_untrusted_size
-from tests.unit.serve.security.images import encoded, gradient, png_that_claims
+from tests.fixtures.image_files import encoded, gradient, png_that_claims
 
 
 def test_bytes_are_limited():
