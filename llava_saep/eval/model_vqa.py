@@ -12,13 +12,14 @@ import logging
 import math
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from llava_saep.errors import UserError
+from llava_saep.evaluation import ranks
+from llava_saep.evaluation.asking import AskedModel, ModelChoice
 from llava_saep.evaluation.questions import read_questions
-from llava_saep.evaluation.runner import answer_questions, check_images, model_fingerprint
+from llava_saep.evaluation.runner import answer_questions, as_task_question, check_images
 from llava_saep.generation import GenerationOptions, Predictor
 from llava_saep.mm_utils import get_model_name_from_path
 from llava_saep.model.hub import local_folder
@@ -106,31 +107,34 @@ def main(argv: Sequence[str] | None = None, *, name: str = NAME, max_new_tokens:
     arguments = build_parser(name, max_new_tokens).parse_args(argv)
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, got {arguments.batch_size}")
-    options = decoding_options(arguments)
+    decoding = decoding_options(arguments)
     questions = read_questions(Path(arguments.question_file).expanduser(), ids_are_unique=False)
     questions = chunk(questions, arguments.num_chunks, arguments.chunk_idx)
     image_folder = Path(arguments.image_folder).expanduser()
-    check_images(questions, image_folder)
-    model_path = local_folder(Path(arguments.model_path).expanduser())
-    predictor = Predictor.from_pretrained(
-        model_path,
+    asked = [as_task_question(question, image_folder) for question in questions]
+    check_images(asked)
+    with ranks.process_group():
+        model = AskedModel.load(_chosen_model(arguments))
+        options = fit_to_context(decoding, model.predictor)
+        answer_questions(
+            asked,
+            model.asking(options, batch_size=arguments.batch_size, on_bad_image="error"),
+            answers_path=Path(arguments.answers_file).expanduser(),
+            model_id=model.choice.model_id,
+            fingerprint=model.answers_fingerprint(options),
+        )
+    return 0
+
+
+def _chosen_model(arguments: argparse.Namespace) -> ModelChoice:
+    return ModelChoice(
+        path=local_folder(Path(arguments.model_path).expanduser()),
+        model_id=get_model_name_from_path(arguments.model_path),
+        base=arguments.model_base,
+        template=arguments.conv_mode,
         device=arguments.device,
         trust_projector_code=arguments.trust_projector_code,
-        model_base=arguments.model_base,
-        template=arguments.conv_mode,
     )
-    options = fit_to_context(options, predictor)
-    made_by = (model_fingerprint(model_path), arguments.model_base, predictor.template.name, options)
-    answer_questions(
-        questions,
-        partial(predictor.generate, options=options),
-        image_folder=image_folder,
-        answers_path=Path(arguments.answers_file).expanduser(),
-        model_id=get_model_name_from_path(arguments.model_path),
-        fingerprint=" ".join(map(str, made_by)),
-        batch_size=arguments.batch_size,
-    )
-    return 0
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ def report_rows(scores: Sequence[Score], blind_scores: Sequence[Score] = ()) -> 
     ]
 
 
-def terminal_table(rows: Sequence[Sequence[str]], header: Sequence[str] = HEADER) -> str:
-    """Columns aligned, the first to the left and the others to the right; a rule above the last row, the sum."""
+def terminal_table(rows: Sequence[Sequence[str]], header: Sequence[str] = HEADER, *, has_sum_row: bool = True) -> str:
+    """Columns aligned, the first to the left, the others to the right; a rule above the last row if it is the sum."""
     table = [header, *rows]
     widths = [max(len(row[column]) for row in table) for column in range(len(header))]
     lines = [
@@ -35,7 +35,8 @@ def terminal_table(rows: Sequence[Sequence[str]], header: Sequence[str] = HEADER
         for row in table
     ]
     rule = "-" * len(lines[0])
-    return "\n".join([lines[0], rule, *lines[1:-1], *([rule] if len(rows) > 1 else []), *lines[-1:]])
+    sum_rule = [rule] if has_sum_row and len(rows) > 1 else []
+    return "\n".join([lines[0], rule, *lines[1:-1], *sum_rule, *lines[-1:]])
 
 
 def markdown_table(rows: Sequence[Sequence[str]], header: Sequence[str] = HEADER) -> str:

@@ -1,6 +1,7 @@
 """`llava-saep eval`, with a model that knows its answers: files, table and mistakes."""
 
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -8,11 +9,13 @@ from PIL import Image
 from llava_saep import generation
 from llava_saep.cli import main
 
+MODEL = Path(__file__).parents[2] / "golden" / "llava" / "checkpoints" / "llava_tiny_v15"
 
-class Oracle:
+
+class Oracle(generation.Predictor):
     """Answers rightly when it sees the image, and always "no" when it does not."""
 
-    def generate(self, conversations, options):
+    def generate(self, conversations, options=None):
         assert options.temperature == 0
         return ["so yes" if messages[0]["content"][0]["type"] == "image" else "no" for messages in conversations]
 
@@ -20,7 +23,8 @@ class Oracle:
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     """A model folder and a question file with its images; loading the model gives the oracle."""
-    monkeypatch.setattr(generation.Predictor, "from_pretrained", lambda folder, **kwargs: Oracle())
+    oracle = Oracle.from_pretrained(MODEL, device="cpu")
+    monkeypatch.setattr(generation.Predictor, "from_pretrained", lambda folder, **kwargs: oracle)
     (tmp_path / "model").mkdir()
     (tmp_path / "held_out" / "images").mkdir(parents=True)
     lines = []

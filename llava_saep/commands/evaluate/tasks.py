@@ -1,0 +1,93 @@
+"""`llava-saep eval --task`: benchmarks on a model, or on an answer file."""
+
+import argparse
+from pathlib import Path
+
+from llava_saep.errors import UserError
+from llava_saep.evaluation.benchmarks import BenchmarkSettings, evaluate_benchmarks, score_answer_file
+from llava_saep.evaluation.judge import Judge, find_api_key
+from llava_saep.evaluation.report import terminal_table
+from llava_saep.evaluation.requirements import check_requirements
+from llava_saep.evaluation.results import terminal_report
+from llava_saep.evaluation.tasks import find_task, select_tasks, task_names
+from llava_saep.evaluation.tasks._files import read_answers
+
+NOT_SCORED_EXIT_CODE = 1
+"""Answers are written, but a benchmark that can be scored here was not."""
+
+
+def print_tasks() -> int:
+    """Print the benchmarks with their splits."""
+    rows = []
+    for name in task_names():
+        task = find_task(name)
+        splits = [split if split in task.default_splits else f"({split})" for split in task.splits]
+        hidden = [split for split in task.splits if not task.has_labels(split)]
+        rows.append((name, task.title, task.folder_name, ", ".join(splits), ", ".join(hidden)))
+    header = ("task", "benchmark", "folder in --data-dir", "splits (not by default)", "labels hidden")
+    print(terminal_table(rows, header, has_sum_row=False))
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Answer and score benchmarks; prints the table and writes the results.
+
+    Returns:
+        0; 1 where answers could not be scored.
+    """
+    from llava_saep.commands.evaluate.model import chosen_model, chosen_output_dir
+    from llava_saep.evaluation.asking import AskedModel
+
+    tasks = select_tasks([arguments.task])
+    if not tasks:
+        raise UserError(f"--task {arguments.task!r} names no benchmark; --task list prints all")
+    settings = _settings(arguments, chosen_output_dir(arguments))
+    check_requirements(settings.data_dir, tasks)
+    entries = evaluate_benchmarks(AskedModel.load(chosen_model(arguments)), tasks, settings)
+    if not entries:
+        return 0
+    print("\n" + terminal_report(entries))
+    print(f"\nanswers and results: {settings.output_dir}")
+    unscored = [each for each in tasks if entries[each.label]["result"] is None and each.task.has_labels(each.split)]
+    return NOT_SCORED_EXIT_CODE if unscored else 0
+
+
+def score_answers(arguments: argparse.Namespace) -> int:
+    """Score an answer file of one benchmark; prints the table.
+
+    Returns:
+        0; 1 where a judge is needed and none was named.
+    """
+    from llava_saep.evaluation.results import write_result
+
+    tasks = select_tasks([arguments.task])
+    if len(tasks) != 1:
+        names = ", ".join(each.label for each in tasks) or "none"
+        raise UserError(f"--answers is one file of one set of questions, but --task {arguments.task} names {names}")
+    path = Path(arguments.answers).expanduser()
+    answers = read_answers(path)
+    output_dir = Path(arguments.output_dir).expanduser() if arguments.output_dir else path.parent
+    settings = _settings(arguments, output_dir)
+    entry = score_answer_file(tasks[0], answers, path, settings)
+    print(terminal_report({entry["label"]: entry}))
+    for upload in entry["uploads"]:
+        print(f"to upload: {upload}")
+    if arguments.output_dir:
+        write_result(settings.output_dir / tasks[0].label.replace(":", "_"), entry)
+    return NOT_SCORED_EXIT_CODE if entry["result"] is None and tasks[0].task.has_labels(tasks[0].split) else 0
+
+
+def _settings(arguments: argparse.Namespace, output_dir: Path) -> BenchmarkSettings:
+    judge = None
+    if arguments.judge_url is not None:
+        key = find_api_key(arguments.judge_key_file)
+        judge = Judge(url=arguments.judge_url, model=arguments.judge_model, api_key=key)
+    return BenchmarkSettings(
+        data_dir=Path(arguments.data_dir).expanduser(),
+        output_dir=output_dir,
+        batch_size=arguments.batch_size,
+        limit=arguments.limit,
+        max_new_tokens=arguments.max_new_tokens,
+        on_bad_image=arguments.on_bad_image,
+        judge=judge,
+    )

@@ -1,0 +1,99 @@
+"""Answer files in LLaVA's format: appended to per batch, read again after an interruption, one part per rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_saep.evaluation.tasks import TaskQuestion
+
+Record = dict[str, Any]
+"""One line: question_id, prompt, text, answer_id, model_id, metadata, and what a benchmark adds."""
+
+_PART = ".rank"
+
+
+def answer_record(question: TaskQuestion, text: str, model_id: str, metadata: Mapping[str, Any]) -> Record:
+    """The line of one answer."""
+    return {
+        "question_id": question.question_id,
+        "prompt": question.prompt,
+        "text": text,
+        "answer_id": uuid.uuid4().hex,
+        "model_id": model_id,
+        "metadata": dict(metadata),
+        **question.answer_fields,
+    }
+
+
+def part_of_rank(path: Path, rank: int) -> Path:
+    """Where one of several ranks writes its answers, until they are put together."""
+    return path.with_name(f"{path.name}{_PART}{rank}")
+
+
+def find_parts(path: Path) -> list[Path]:
+    """Parts that ranks of this run or of an interrupted one have written."""
+    named = (file for file in path.parent.glob(f"{path.name}{_PART}*") if file.is_file())
+    return sorted(file for file in named if file.name.removeprefix(path.name + _PART).isdecimal())
+
+
+def kept_records(path: Path, questions: Sequence[TaskQuestion], metadata: Mapping[str, Any]) -> list[Record | None]:
+    """What the file and its parts hold for each question; None where it has to be answered.
+
+    Answers made otherwise (`metadata`) or to another wording do not count, nor does a line that was cut short.
+    """
+    waiting: dict[tuple[str, str, int], list[Record]] = {}
+    seen: set[str] = set()
+    for record in _readable_records([path, *find_parts(path)]):
+        # A run that was killed while it put parts together leaves the same answer in two files.
+        if record.get("metadata") == metadata and record.get("answer_id") not in seen:
+            seen.add(record["answer_id"])
+            waiting.setdefault(_key(record), []).append(record)
+    return [records.pop(0) if (records := waiting.get(question.key)) else None for question in questions]
+
+
+def write_together(path: Path, records: Iterable[Record | None]) -> None:
+    """Write the answers that are there, in their order, and remove the parts that they came from."""
+    rewrite(path, [record for record in records if record is not None])
+    for part in find_parts(path):
+        part.unlink()
+
+
+def rewrite(path: Path, records: Iterable[Record]) -> None:
+    """Replace the file as a whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json_line(record) for record in records), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    """One line of a jsonl file."""
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _key(record: Record) -> tuple[str, str, int]:
+    """As `TaskQuestion.key`."""
+    return str(record["question_id"]), record.get("prompt", ""), int(record.get("round_id", 0))
+
+
+def _readable_records(paths: Iterable[Path]) -> Iterable[Record]:
+    for path in paths:
+        if path.is_file():
+            # Not splitlines, which also cuts at characters that JSON leaves inside of texts (U+2028).
+            lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+            yield from filter(None, map(_parse_record, lines))
+
+
+def _parse_record(line: str) -> Record | None:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        return None
+    return record if isinstance(record.get("question_id"), str | int) else None

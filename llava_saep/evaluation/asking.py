@@ -1,0 +1,182 @@
+"""A loaded model as the runner needs it, and what of it has a say in its answers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from llava_saep.errors import UserError
+from llava_saep.evaluation import ranks
+from llava_saep.evaluation.fingerprints import model_fingerprint, text_fingerprint
+from llava_saep.evaluation.image_loading import open_image
+from llava_saep.evaluation.runner import Asking, BadImagePolicy, question_messages
+from llava_saep.evaluation.tasks import EmbeddedImage, TaskQuestion
+from llava_saep.evaluation.tasks._base import ImageSource
+
+if TYPE_CHECKING:
+    from llava_saep.generation import GenerationOptions, Predictor
+    from llava_saep.model.quantization import QuantizationConfig
+
+_NO_IMAGE = Path("image")
+"""Stands for an image where only the text around it is wanted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelChoice:
+    """Which model answers, and how it is loaded; fields as in `Predictor.from_pretrained`."""
+
+    path: Path
+    model_id: str
+    base: str | None = None
+    template: str | None = None
+    device: str | None = None
+    quantization: QuantizationConfig | None = None
+    trust_projector_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskedModel:
+    """A loaded model, and where it came from."""
+
+    choice: ModelChoice
+    predictor: Predictor
+    fingerprint: str
+
+    @classmethod
+    def load(cls, choice: ModelChoice) -> AskedModel:
+        """Load the model on this rank's device.
+
+        Raises:
+            UserError, ProjectorError: the folder is absent, or see `Predictor.from_pretrained`.
+        """
+        from llava_saep.generation import Predictor
+
+        if not choice.path.is_dir():
+            raise UserError(f"{choice.path}: no such folder; --model_path names what training wrote (its --output_dir)")
+        predictor = Predictor.from_pretrained(
+            choice.path,
+            device=ranks.device_of_rank(choice.device),
+            trust_projector_code=choice.trust_projector_code,
+            model_base=choice.base,
+            template=choice.template,
+            quantization=choice.quantization,
+        )
+        fingerprint = ranks.from_rank_zero(lambda: _fingerprint(choice))
+        return cls(choice=choice, predictor=predictor, fingerprint=fingerprint)
+
+    def asking(
+        self,
+        options: GenerationOptions,
+        *,
+        batch_size: int,
+        blind: bool = False,
+        on_bad_image: BadImagePolicy = "exclude",
+    ) -> Asking:
+        """How this model is asked with some decoding options."""
+        return Asking(
+            generate_batch=partial(self.predictor.generate, options=options),
+            batch_size=batch_size,
+            blind=blind,
+            open_image=partial(_open_for, self.predictor),
+            prompt_length=prompt_length_of(self.predictor, blind=blind),
+            on_bad_image=on_bad_image,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """The model, JSON-able: where it is, what it is, how it runs."""
+        model = self.predictor.model
+        return {
+            "id": self.choice.model_id,
+            "path": str(self.choice.path),
+            "base": self.choice.base,
+            "fingerprint": self.fingerprint,
+            "projector": dict(model.config.projector),
+            "tokens_per_image": self.predictor.num_image_tokens,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "bits": None if self.choice.quantization is None else self.choice.quantization.bits,
+            "device": str(model.device),
+        }
+
+    def describe_prompt(self, example: TaskQuestion | None) -> dict[str, Any]:
+        """The template, and the first prompt as the model is given it, `<image>` standing for an image's tokens."""
+        return {
+            "template": self.predictor.template.name,
+            "example": None if example is None else self.predictor.prompt_text(_without_pixels(example)),
+        }
+
+    def describe_preprocessing(self) -> dict[str, Any]:
+        """What becomes of an image before the tower sees it."""
+        from llava_saep.data.images import processed_image_size
+
+        processor = self.predictor.processor
+        image_processor = processor.image_processor
+        return {
+            "aspect_ratio": processor.image_aspect_ratio,
+            "size": list(processed_image_size(image_processor)),
+            "mean": list(image_processor.image_mean),
+            "std": list(image_processor.image_std),
+            "patch_merge_type": processor.mm_patch_merge_type,
+            "grid_pinpoints": processor.image_grid_pinpoints,
+            "applies_exif_orientation": processor.apply_exif_orientation,
+        }
+
+    def answers_fingerprint(self, options: GenerationOptions) -> str:
+        """Changes with whatever changes answers, so that answers made otherwise are not taken for these."""
+        facts = [
+            {key: value for key, value in self.describe().items() if key not in ("id", "path", "base", "device")},
+            self.predictor.template.name,
+            self.describe_preprocessing(),
+            dataclasses.asdict(options),
+        ]
+        return text_fingerprint(facts)
+
+
+def prompt_length_of(predictor: Predictor, *, blind: bool = False) -> Callable[[TaskQuestion], int]:
+    """How many tokens a question's prompt has, images included; nothing but heads of image files is read."""
+    processor = predictor.processor
+    tokens_per_view = predictor.num_image_tokens
+
+    def count(question: TaskQuestion) -> int:
+        text = predictor.prompt_text(_without_pixels(question, blind=blind))
+        num_text_tokens = len(processor.tokenizer(text, add_special_tokens=False).input_ids)
+        images = () if blind else question.images
+        if processor.image_aspect_ratio != "anyres":
+            return num_text_tokens + tokens_per_view * len(images)
+        return num_text_tokens + sum(_num_tokens(processor, image, tokens_per_view) for image in images)
+
+    return count
+
+
+def _num_tokens(processor: Any, image: ImageSource, tokens_per_view: int) -> int:
+    from llava_saep.data.images import processed_image_size, read_image_size
+
+    if isinstance(image, EmbeddedImage):
+        return tokens_per_view  # its size is not known without decoding it, and lengths are for sorting alone
+    try:
+        size = read_image_size(image, apply_exif_orientation=processor.apply_exif_orientation)
+    except UserError:
+        return 0  # reported when it is to be opened
+    return processor.image_tokens.num_tokens(size, processed_image_size(processor.image_processor))
+
+
+def _without_pixels(question: TaskQuestion, *, blind: bool = False) -> list[dict[str, Any]]:
+    return question_messages(question, [] if blind else [_NO_IMAGE] * len(question.images))
+
+
+def _open_for(predictor: Predictor, source: ImageSource) -> Image.Image:
+    """As the model's processor would open it: upright where the training data were."""
+    if isinstance(source, EmbeddedImage):
+        return predictor.processor.load_images([open_image(source)])[0]
+    return predictor.processor.load_images([source])[0]
+
+
+def _fingerprint(choice: ModelChoice) -> str:
+    own = model_fingerprint(choice.path)
+    base = Path(choice.base).expanduser() if choice.base else None
+    return own if base is None or not base.is_dir() else f"{own}+{model_fingerprint(base)}"
