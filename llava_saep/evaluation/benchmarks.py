@@ -6,10 +6,10 @@ import copy
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llava_saep.errors import UserError
 from llava_saep.evaluation.answer_files import Record
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from llava_saep.generation import GenerationOptions
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T", bound=Task)
 
 ANSWER_FILE, REVIEW_FILE, UPLOAD_FOLDER = "answers.jsonl", "reviews.jsonl", "upload"
 
@@ -56,12 +58,6 @@ class BenchmarkSettings:
     max_new_tokens: int | None = None
     on_bad_image: BadImagePolicy | None = None
     judge: Judge | None = None
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UserError(f"--batch_size must be at least 1, got {self.batch_size}")
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"--limit must be at least 1, got {self.limit}")
 
 
 @dataclass
@@ -125,11 +121,14 @@ def score_answer_file(selected: TaskSplit, answers: Sequence[Answer], path: Path
 
 def first_questions(task: Task, limit: int | None) -> Task:
     """The same benchmark with its first questions alone, for asking and for scoring."""
-    if limit is None:
-        return task
-    limited = copy.copy(task)
-    limited.questions = lambda folder, split: task.questions(folder, split)[:limit]
-    return limited
+    return task if limit is None else _restricted(task, lambda questions: questions[:limit])
+
+
+def _restricted(task: T, choose: Callable[[list[TaskQuestion]], list[TaskQuestion]]) -> T:
+    """The same benchmark with some of its questions."""
+    restricted = copy.copy(task)
+    restricted.questions = lambda folder, split: choose(task.questions(folder, split))
+    return restricted
 
 
 def _evaluate(model: AskedModel, selected: TaskSplit, settings: BenchmarkSettings) -> dict[str, Any] | None:
@@ -241,15 +240,19 @@ def _judge(
         outcome.notes.append("answers are rated by a language model: name one with --judge-url and --judge-model")
         return
     path = label_folder(settings.output_dir, selected) / REVIEW_FILE
-    requests = task.judge_requests(task_folder(settings.data_dir, selected), selected.split, answers)
+    keys = {answer.key for answer in answers}
+    folder = task_folder(settings.data_dir, selected)
+    # Without a reply of the model there is nothing to rate; the score counts such questions among the unreviewed.
+    answered = _restricted(task, lambda questions: [q for q in questions if q.key in keys])
     try:
+        requests = answered.judge_requests(folder, selected.split, answers)
         lines = review_answers(requests, settings.judge, path, task.review_line, description=f"{selected.label}, judge")
     except UserError as error:
         if scores_are_due:
             raise
         outcome.notes.append(f"not rated: {error}")
         return
-    outcome.result = task.score_reviews(selected.split, lines)
+    outcome.result = task.score_reviews(folder, selected.split, lines)
     outcome.notes.append(f"judge: {settings.judge.description}; reviews in {path}")
 
 

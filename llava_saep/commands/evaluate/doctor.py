@@ -6,10 +6,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava_saep.commands.evaluate.flags import DEFAULT_DATA_DIR, add_flag
+from llava_saep.commands.evaluate.flags import add_flag
 from llava_saep.errors import UserError
 from llava_saep.evaluation.requirements import Finding, examine
 from llava_saep.evaluation.tasks import select_tasks, task_names
+from llava_saep.evaluation.tasks._base import DATA_ROOT
 from llava_saep.program import AbbreviatingParser
 
 MARKS = {"ok": "ok     ", "missing": "MISSING"}
@@ -51,6 +52,6 @@ def _parser() -> argparse.ArgumentParser:
         "and look for their images. Exit code 1 when something is missing.",
     )
     add_flag(parser, "task", help="benchmarks, with commas between them (default: all)")
-    add_flag(parser, "data-dir", default=str(DEFAULT_DATA_DIR), help="default: %(default)s")
+    add_flag(parser, "data-dir", default=str(DATA_ROOT), help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser

@@ -1,12 +1,11 @@
 """The flags of `llava-saep eval`."""
 
 import argparse
-from pathlib import Path
 
 from llava_saep.errors import UserError
+from llava_saep.evaluation.tasks._base import DATA_ROOT
 from llava_saep.program import AbbreviatingParser
 
-DEFAULT_DATA_DIR = Path("playground/data/eval")
 DEFAULT_BATCH_SIZE = 32
 DEFAULT_MAX_NEW_TOKENS = 64
 """For question files; benchmarks have limits of their own."""
@@ -35,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     add_flag(what, "image-folder", help="default: images/ beside the question file, or else the folder that it is in")
     add_flag(what, "blind", action="store_true", help="also answer a question file without the images, for comparison")
     add_flag(what, "task", help="benchmarks, with commas between them; name:split for one split; list prints all")
-    add_flag(what, "data-dir", default=str(DEFAULT_DATA_DIR), help="LLaVA's evaluation folders (default: %(default)s)")
+    add_flag(what, "data-dir", default=str(DATA_ROOT), help="LLaVA's evaluation folders (default: %(default)s)")
     add_flag(what, "answers", "answers-file", help="score this answer file; no model is loaded")
     add_flag(what, "limit", type=int, help="only the first questions of each benchmark, to try things out")
     _add_model_flags(made.add_argument_group("who answers"))
@@ -105,6 +104,10 @@ def check_flags(arguments: argparse.Namespace) -> None:
         raise UserError("--model_path is missing: which model shall answer? (--answers FILE scores without one)")
     if arguments.batch_size < 1:
         raise UserError(f"--batch_size must be at least 1, got {arguments.batch_size}")
+    if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
+        raise UserError(f"--max_new_tokens must be at least 1, got {arguments.max_new_tokens}")
+    if arguments.limit is not None and arguments.limit < 1:
+        raise UserError(f"--limit must be at least 1, got {arguments.limit}")
     if (arguments.judge_url is None) != (arguments.judge_model is None):
         raise UserError("a judge needs both --judge-url and --judge-model")
     only_for_tasks = {"--answers": arguments.answers, "--limit": arguments.limit, "--judge-url": arguments.judge_url}

@@ -6,10 +6,9 @@ from pathlib import Path
 from llava_saep.errors import UserError
 from llava_saep.evaluation.benchmarks import BenchmarkSettings, evaluate_benchmarks, score_answer_file
 from llava_saep.evaluation.judge import Judge, find_api_key
-from llava_saep.evaluation.report import terminal_table
 from llava_saep.evaluation.requirements import check_requirements
 from llava_saep.evaluation.results import terminal_report
-from llava_saep.evaluation.tasks import find_task, select_tasks, task_names
+from llava_saep.evaluation.tasks import Task, find_task, select_tasks, task_names
 from llava_saep.evaluation.tasks._files import read_answers
 
 NOT_SCORED_EXIT_CODE = 1
@@ -17,16 +16,21 @@ NOT_SCORED_EXIT_CODE = 1
 
 
 def print_tasks() -> int:
-    """Print the benchmarks with their splits."""
-    rows = []
-    for name in task_names():
-        task = find_task(name)
-        splits = [split if split in task.default_splits else f"({split})" for split in task.splits]
-        hidden = [split for split in task.splits if not task.has_labels(split)]
-        rows.append((name, task.title, task.folder_name, ", ".join(splits), ", ".join(hidden)))
-    header = ("task", "benchmark", "folder in --data-dir", "splits (not by default)", "labels hidden")
-    print(terminal_table(rows, header, has_sum_row=False))
+    """Print the benchmarks with their folders and splits."""
+    rows = [("task", "benchmark", "folder in --data-dir", "splits (those in brackets where they are named)")]
+    rows += [_task_row(find_task(name)) for name in task_names()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print("\n* labels are not published: files to upload are written")
     return 0
+
+
+def _task_row(task: Task) -> tuple[str, str, str, str]:
+    names = [split if task.has_labels(split) else f"{split}*" for split in task.splits]
+    pairs = zip(names, task.splits, strict=True)
+    splits = [name if split in task.default_splits else f"({name})" for name, split in pairs]
+    return task.name, task.title, task.folder_name, ", ".join(splits)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,262 @@
+"""`llava-saep eval --task` from its flags to its results, with a tiny model and small benchmarks."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from llava_saep.cli import main
+from llava_saep.evaluation.results import SCHEMA
+from tests.fixtures.evaluation_runs import (
+    TINY_MODEL,
+    write_mmvet,
+    write_pope,
+    write_spatial_scenes,
+    write_vizwiz_test,
+)
+
+GOLDEN_POPE = Path(__file__).parents[2] / "golden" / "llava" / "eval_inputs" / "pope"
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    """Folders of four benchmarks in LLaVA's layout."""
+    for write in (write_pope, write_spatial_scenes, write_mmvet, write_vizwiz_test):
+        write(tmp_path / "data")
+    return tmp_path / "data"
+
+
+def run(data_dir, *flags, task="pope,spatial_scenes", code=0):
+    """Evaluate, and return what results.json holds per benchmark."""
+    output_dir = data_dir.parent / "out"
+    model = ["--model-path", str(TINY_MODEL), "--device", "cpu", "--max-new-tokens", "4"]
+    places = ["--data-dir", str(data_dir), "--output-dir", str(output_dir)]
+    assert main(["eval", "--task", task, *model, *places, *flags]) == code
+    return json.loads((output_dir / "results.json").read_text())["results"]
+
+
+def answer_lines(data_dir, label):
+    return [json.loads(line) for line in (data_dir.parent / "out" / label / "answers.jsonl").read_text().splitlines()]
+
+
+def test_several_benchmarks_are_answered_scored_and_shown(data_dir, capsys):
+    results = run(data_dir)
+    assert list(results) == ["pope", "spatial_scenes"]
+    questions = [json.loads(line) for line in (data_dir / "pope" / "llava_pope_test.jsonl").read_text().splitlines()]
+    lines = answer_lines(data_dir, "pope")
+    assert [(line["question_id"], line["prompt"]) for line in lines] == [
+        (question["question_id"], question["text"]) for question in questions
+    ]
+    metrics = {metric["name"]: metric for metric in results["pope"]["result"]["metrics"]}
+    is_yes = [not {"No", "no", "not"} & set(line["text"].split(".")[0].replace(",", "").split(" ")) for line in lines]
+    accuracy = sum(yes == bool(index // 3 % 2) for index, yes in enumerate(is_yes)) / 12
+    assert metrics["accuracy"]["value"] == pytest.approx(accuracy)
+    assert {row["category"] for row in results["pope"]["result"]["rows"]} == {"adversarial", "popular", "random"}
+    shown = capsys.readouterr().out
+    assert "pope / random" in shown and "spatial_scenes" in shown
+    page = (data_dir.parent / "out" / "results.md").read_text()
+    assert "| pope | accuracy |" in page and "greedy, at most 4 tokens" in page
+
+
+def test_every_result_says_what_made_it(data_dir):
+    results = run(data_dir, "--conv-mode", "vicuna_v1")
+    entry = json.loads((data_dir.parent / "out" / "pope" / "result.json").read_text())
+    assert entry == results["pope"]
+    assert entry["schema"] == SCHEMA
+    assert entry["prompt"]["template"] == "vicuna_v1"
+    assert entry["prompt"]["example"].endswith(
+        "USER: <image>\nIs there a large dog in the image?\n"
+        "Answer the question using a single word or phrase. ASSISTANT:"
+    )
+    assert entry["decoding"].items() >= {"max_new_tokens": 4, "temperature": 0.0, "num_beams": 1}.items()
+    assert entry["preprocessing"]["aspect_ratio"] in ("square", "pad") and entry["preprocessing"]["size"]
+    assert len(entry["model"]["fingerprint"]) == 16 and entry["model"]["dtype"] == "float32"
+    assert entry["model"]["projector"]["name"] == "mlp" and entry["model"]["tokens_per_image"] > 0
+    assert set(entry["data"]["files"]) == {"llava_pope_test.jsonl"} | {
+        f"coco/coco_pope_{name}.json" for name in ("adversarial", "popular", "random")
+    }
+    assert {"llava_saep", "torch", "transformers", "commit"} <= set(entry["program"]["versions"])
+    assert entry["program"]["machine"]["processor"] and entry["program"]["date"].endswith("+00:00")
+    assert entry["data"]["num_questions"] == 12 and entry["seconds"] > 0
+
+
+def test_batches_give_the_answers_of_single_questions(data_dir):
+    def texts(batch_size):
+        shutil.rmtree(data_dir.parent / "out", ignore_errors=True)
+        run(data_dir, "--batch-size", str(batch_size))
+        return [line["text"] for label in ("pope", "spatial_scenes") for line in answer_lines(data_dir, label)]
+
+    alone = texts(1)
+    assert len(set(alone)) > 1  # the model's answers depend on what it sees
+    assert texts(5) == alone
+    assert texts(64) == alone
+
+
+def test_second_run_answers_nothing_again_and_a_change_of_decoding_everything(data_dir):
+    def ids():
+        return [line["answer_id"] for line in answer_lines(data_dir, "pope")]
+
+    run(data_dir, task="pope")
+    first = ids()
+    run(data_dir, task="pope")
+    assert ids() == first
+    run(data_dir, "--max-new-tokens", "3", task="pope")
+    assert not set(ids()) & set(first)
+
+
+def test_results_of_earlier_runs_stay_in_the_overview(data_dir):
+    run(data_dir, task="pope")
+    assert list(run(data_dir, task="spatial_scenes")) == ["pope", "spatial_scenes"]
+
+
+def test_limit_asks_and_scores_the_first_questions_alone(data_dir):
+    results = run(data_dir, "--limit", "3")
+    assert [line["question_id"] for line in answer_lines(data_dir, "pope")] == [0, 1, 2]
+    assert results["pope"]["result"]["metrics"][0]["n"] == 3
+    assert not any("without an answer" in each["reason"] for each in results["pope"]["result"]["exclusions"])
+    assert "only the first 3 questions" in results["pope"]["notes"][0]
+
+
+def test_hidden_labels_give_upload_files_and_no_score(data_dir, capsys):
+    entry = run(data_dir, task="vizwiz")["vizwiz:test"]
+    assert entry["result"] is None
+    (upload,) = map(Path, entry["uploads"])
+    assert [line["image"] for line in json.loads(upload.read_text())] == [f"VizWiz_test_{i:08}.jpg" for i in range(3)]
+    assert "labels of these questions are not published" in capsys.readouterr().out
+
+
+def test_answers_for_a_judge_are_written_and_the_missing_judge_is_said(data_dir, capsys):
+    entry = run(data_dir, task="mmvet", code=1)["mmvet"]
+    assert entry["result"] is None and len(answer_lines(data_dir, "mmvet")) == 3
+    assert "--judge-url and --judge-model" in capsys.readouterr().out
+    assert set(json.loads(Path(entry["uploads"][0]).read_text())) == {"v1_0", "v1_1", "v1_2"}
+
+
+def test_question_with_a_damaged_image_counts_as_wrong_and_is_reported(data_dir, capsys):
+    image = data_dir / "pope" / "val2014" / "COCO_val2014_000000000002.jpg"
+    image.write_bytes(image.read_bytes()[:50])
+    entry = run(data_dir, task="pope")["pope"]
+    assert [each["question_id"] for each in entry["excluded_questions"]] == [6, 7, 8]
+    assert {metric["n"] for metric in entry["result"]["metrics"] if metric["name"] == "accuracy"} == {12}
+    (exclusion,) = entry["result"]["exclusions"]
+    assert (exclusion["count"], exclusion["effect"]) == (3, "counted as wrong")
+    assert "3 of 12 questions could not be put, the first one 6: " in capsys.readouterr().out
+
+
+def test_damaged_image_stops_the_run_where_that_is_asked_for(data_dir, capsys):
+    image = data_dir / "pope" / "val2014" / "COCO_val2014_000000000002.jpg"
+    image.write_bytes(b"no image")
+    flags = ["--model-path", str(TINY_MODEL), "--device", "cpu", "--data-dir", str(data_dir), "--max-new-tokens", "2"]
+    flags += ["--output-dir", str(data_dir.parent / "out"), "--on-bad-image", "error", "--task", "pope"]
+    assert main(["eval", *flags]) == 2
+    assert "cannot be read as an image" in capsys.readouterr().err
+
+
+def mistake(capsys, *flags):
+    """The message of a command that ends with code 2."""
+    assert main(["eval", *map(str, flags)]) == 2
+    return capsys.readouterr().err
+
+
+def test_missing_files_are_said_before_the_model_is_loaded(data_dir, capsys):
+    shutil.rmtree(data_dir / "pope" / "val2014")
+    message = mistake(capsys, "--task", "pope,gqa", "--model-path", "absent", "--data-dir", data_dir)
+    assert "pope: " in message and "val2014 is missing" in message and "val2014.zip" in message
+    assert "gqa: " in message and "llava-saep eval doctor" in message
+
+
+def test_missing_images_are_an_error_unless_they_are_to_be_left_out(data_dir, capsys):
+    (data_dir / "pope" / "val2014" / "COCO_val2014_000000000001.jpg").unlink()
+    flags = ["--model-path", TINY_MODEL, "--device", "cpu", "--data-dir", data_dir, "--task", "pope"]
+    assert "1 images of the question file are missing" in mistake(capsys, *flags, "--output-dir", data_dir.parent / "o")
+    assert not (data_dir.parent / "o").exists()
+    entry = run(data_dir, "--on-bad-image", "exclude", task="pope")["pope"]
+    assert [each["question_id"] for each in entry["excluded_questions"]] == [3, 4, 5]
+
+
+def test_missing_labels_keep_the_answers_and_say_that_nothing_was_scored(data_dir, capsys):
+    shutil.rmtree(data_dir / "pope" / "coco")
+    entry = run(data_dir, task="pope", code=1)["pope"]
+    assert entry["result"] is None and "not scored: " in entry["notes"][0]
+    assert len(answer_lines(data_dir, "pope")) == 12
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--task", "pop"], "unknown task 'pop'. Did you mean 'pope'?"),
+        (["--task", "pope:dev"], "task 'pope' has no split 'dev'"),
+        (["--task", ","], "names no benchmark"),
+        (["--task", "pope", "--question_file", "q.jsonl"], "name either benchmarks"),
+        ([], "name either benchmarks"),
+        (["--task", "pope", "--limit", "0"], "--limit must be at least 1"),
+        (["--task", "pope", "--batch-size", "0"], "--batch_size must be at least 1"),
+        (["--task", "pope", "--max-new-tokens", "0"], "--max_new_tokens must be at least 1"),
+        (["--task", "pope", "--judge-url", "http://x"], "needs both --judge-url and --judge-model"),
+        (["--task", "pope", "--blind"], "--blind is for question files"),
+        (["--question_file", "q.jsonl", "--limit", "3"], "--limit is for benchmarks"),
+    ],
+)
+def test_contradicting_flags_are_refused(flags, message, capsys, tmp_path):
+    assert message in mistake(capsys, *flags, "--model-path", TINY_MODEL, "--data-dir", tmp_path)
+
+
+def test_model_is_needed_unless_there_are_answers(capsys):
+    assert "--model_path is missing" in mistake(capsys, "--task", "pope")
+
+
+def test_answer_files_of_llava_are_scored_without_a_model(tmp_path, capsys):
+    """The numbers are those of LLaVA's own scorer on the same files (tests/golden/llava/eval_scores.json)."""
+    shutil.copytree(GOLDEN_POPE, tmp_path / "pope")
+    (tmp_path / "pope" / "questions.jsonl").rename(tmp_path / "pope" / "llava_pope_test.jsonl")
+    answers = tmp_path / "pope" / "answers.jsonl"
+    flags = ["--task", "pope", "--answers", str(answers), "--data-dir", str(tmp_path)]
+    assert main(["eval", *flags, "--output-dir", str(tmp_path / "out")]) == 0
+    assert "pope / adversarial" in capsys.readouterr().out
+    entry = json.loads((tmp_path / "out" / "pope" / "result.json").read_text())
+    rows = {row["category"]: {m["name"]: m["value"] for m in row["metrics"]} for row in entry["result"]["rows"]}
+    assert rows["adversarial"]["accuracy"] == pytest.approx(0.5714285714285714)
+    assert rows["random"]["F1"] == pytest.approx(0.5)
+
+
+def test_answer_file_is_of_one_set_of_questions(tmp_path, capsys):
+    message = mistake(capsys, "--task", "pope,gqa", "--answers", tmp_path / "a.jsonl")
+    assert "--answers is one file of one set of questions" in message
+
+
+def test_absent_answer_file_is_said(tmp_path, capsys):
+    assert "a.jsonl: no such file" in mistake(capsys, "--task", "pope", "--answers", tmp_path / "a.jsonl")
+
+
+def test_list_names_every_benchmark_with_its_splits(capsys):
+    assert main(["eval", "--task", "list"]) == 0
+    listed = capsys.readouterr().out
+    assert "mmbench_cn" in listed and "(dev_all_rounds)" in listed and "test-dev*" in listed
+
+
+def test_doctor_is_content_where_everything_is_there(data_dir, capsys):
+    assert main(["eval", "doctor", "--task", "pope,spatial_scenes", "--data-dir", str(data_dir)]) == 0
+    said = capsys.readouterr().out
+    assert "ok       pope: 12 questions" in said and "ready: pope, spatial_scenes" in said
+    assert "MISSING" not in said
+
+
+def test_doctor_names_what_is_missing_and_where_to_get_it(data_dir, capsys):
+    shutil.rmtree(data_dir / "pope" / "coco")
+    (data_dir / "spatial_scenes" / "held_out" / "images" / "3.png").unlink()
+    assert main(["eval", "doctor", "--task", "pope,gqa,spatial_scenes", "--data-dir", str(data_dir)]) == 1
+    said = capsys.readouterr().out
+    lines = said.splitlines()
+    label = next(index for index, line in enumerate(lines) if "coco_pope_random.json" in line)
+    assert lines[label].startswith("MISSING  pope: ") and "cannot be scored" in lines[label]
+    assert "github.com/AoiDragon/POPE" in lines[label + 1]
+    assert "1 of their images are missing, the first one" in said
+    assert "something is missing: gqa, pope, spatial_scenes" in said
+
+
+def test_doctor_finds_questions_that_cannot_be_read(data_dir, capsys):
+    (data_dir / "pope" / "llava_pope_test.jsonl").write_text('{"question_id": 1}\n')
+    assert main(["eval", "doctor", "--task", "pope", "--data-dir", str(data_dir), "--json"]) == 1
+    finding = json.loads(capsys.readouterr().out)[-1]
+    assert finding["level"] == "missing" and "line 1: text must be a text" in finding["detail"]
