@@ -91,6 +91,8 @@ def read_answer_file(path: Path) -> AnswerFile:
     Raises:
         UserError: the file is absent, or a JSON line lacks question_id or text.
     """
+    if not path.is_file():
+        raise UserError(f"{path}: no such answer file")
     parsed = list(_parsed_lines(path))
     answers = tuple(_answer(record, place) for place, record in parsed if record is not None)
     return AnswerFile(answers, len(parsed) - len(answers))
@@ -102,8 +104,10 @@ def read_answers(path: Path) -> list[Answer]:
     Raises:
         UserError: the file is absent, or a line is no JSON object with question_id and text.
     """
-    read_json_lines(path)
-    return list(read_answer_file(path).answers)
+    file = read_answer_file(path)
+    if file.num_broken_lines:
+        read_json_lines(path)  # names the first line that is broken
+    return list(file.answers)
 
 
 def _answer(record: dict[str, Any], place: str) -> Answer:

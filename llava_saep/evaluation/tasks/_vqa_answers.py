@@ -57,9 +57,13 @@ _CONTRACTIONS = dict(
 
 def normalize_vqa_answer(text: str) -> str:
     """The form in which the VQA challenge compares an answer: `"Two dogs."` -> `"2 dogs"`."""
-    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    text = text.replace("\n", " ").replace("\t", " ").strip()
+    text = lower_words(text).replace("\n", " ").replace("\t", " ").strip()
     return normalize_words(remove_punctuation(text))
+
+
+def lower_words(text: str) -> str:
+    """Lower case, without commas and question marks, `'s` as a word of its own."""
+    return text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
 
 
 def remove_punctuation(text: str) -> str:

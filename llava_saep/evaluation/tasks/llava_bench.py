@@ -113,7 +113,7 @@ def summarize_points(lines: Iterable[Mapping[str, Any]], place: str) -> dict[str
     Raises:
         UserError: no line holds points.
     """
-    readable = [line for line in lines if _points(line) is not None]
+    readable = [line for line in lines if has_points(line)]
     if not readable:
         raise UserError(f"{place}: no review holds points")
     points: dict[str, list[tuple[float, float]]] = {OVERALL: [tuple(_points(line) or ()) for line in readable]}
@@ -124,6 +124,11 @@ def summarize_points(lines: Iterable[Mapping[str, Any]], place: str) -> dict[str
         )
         for category, pairs in sorted(points.items())
     }
+
+
+def has_points(line: Mapping[str, Any]) -> bool:
+    """Whether the judge's reply held points."""
+    return _points(line) is not None
 
 
 def _points(line: Mapping[str, Any]) -> tuple[float, float] | None:
@@ -175,7 +180,7 @@ class LlavaBench(JudgedTask):
     def score_reviews(self, folder: Path, split: str, lines: Sequence[Mapping[str, Any]]) -> TaskResult:
         """Relative score and mean points, overall and per category."""
         summaries = summarize_points(lines, self.name)
-        unreadable = (line.get("question_id") for line in lines if _points(line) is None)
+        unreadable = (line.get("question_id") for line in lines if not has_points(line))
         return TaskResult(
             task=self.name,
             split=split,

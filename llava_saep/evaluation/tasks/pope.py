@@ -165,7 +165,7 @@ class Pope(Task):
         by_category = grouped((q.category for q in questions), zip(questions, matched.texts, strict=True))
         counts, exclusions = {}, list(matched.exclusions)
         for category, pairs in by_category.items():
-            counts[category], left_out = _score_category(folder, category, pairs)
+            counts[category], left_out = score_category(_label_file(folder, category), category, pairs)
             exclusions += left_out
         return TaskResult(
             task=self.name,
@@ -180,10 +180,14 @@ def _label_file(folder: Path, category: str) -> Path:
     return folder / "coco" / f"coco_pope_{category}.json"
 
 
-def _score_category(
-    folder: Path, category: str, pairs: Sequence[tuple[TaskQuestion, str | None]]
+def score_category(
+    path: Path, category: str, pairs: Sequence[tuple[TaskQuestion, str | None]]
 ) -> tuple[YesNoCounts, tuple[Exclusion, ...]]:
-    path = _label_file(folder, category)
+    """Count the answers to one set's questions against its file of labels; None is a question without an answer.
+
+    Raises:
+        UserError: the file is absent or malformed, or labels none of the questions.
+    """
     asked = [(question.images[0].name if question.images else "", question.text) for question, _ in pairs]
     labels, left = label_questions(asked, read_json_lines(path), str(path))
     labelled = [(text, label) for (_, text), label in zip(pairs, labels, strict=True) if label is not None]
