@@ -12,7 +12,7 @@ from starlette.middleware import Middleware
 from llava_saep.serve.demo.pictures import write_privately
 from llava_saep.serve.demo.protection import Protection
 from llava_saep.serve.demo.services import DemoServices
-from llava_saep.serve.demo.style import CSS, theme
+from llava_saep.serve.demo.style import CSS, SECTIONS_CSS, theme
 
 _THREADS_BESIDE_ANSWERS = 40
 
@@ -78,7 +78,7 @@ def launch(
         max_threads=_THREADS_BESIDE_ANSWERS + limits.max_queue,
         state_session_capacity=1000,
         theme=theme(),
-        css=CSS,
+        css=CSS + SECTIONS_CSS,
         app_kwargs={"middleware": [Middleware(Protection, max_request_bytes=limits.max_request_bytes)]},
     )
     return address

@@ -7,11 +7,19 @@ ask no other host for anything, whatever a text may hold.
 import gradio as gr
 
 from llava_saep.serve.demo.chat_section import ChatSection, ChatsList, Controls
+from llava_saep.serve.demo.compare import CompareSection
+from llava_saep.serve.demo.inside import InsideSection
 from llava_saep.serve.demo.models_section import ModelsSection
 from llava_saep.serve.demo.services import DemoServices
 from llava_saep.serve.demo.style import TITLE
 
 STORAGE_KEY = "llava-saep-demo"
+
+# The side bar covers all of a narrow page, and Gradio cannot be told to begin with it closed there alone.
+_CLOSE_SIDE_ON_PHONES = """() => {
+    const toggle = document.querySelector("#side.open .toggle-button");
+    if (toggle && window.innerWidth < 768) toggle.click();
+}"""
 
 
 def build_page(services: DemoServices, *, storage_secret: str) -> gr.Blocks:
@@ -36,8 +44,13 @@ def build_page(services: DemoServices, *, storage_secret: str) -> gr.Blocks:
         with gr.Tabs(elem_id="sections"):
             with gr.Tab("Chat", id="chat"):
                 chat = ChatSection(services, browser=browser, model=models.model, controls=controls, chats=chats)
+            with gr.Tab("Look inside", id="inside") as inside:
+                InsideSection(services, tab=inside, chat=chat.parts)
+            with gr.Tab("Compare", id="compare") as compare:
+                CompareSection(services, tab=compare, chat=chat.parts, controls=controls)
         chat.restore_on(page)
         models.restore_on(page)
+        page.load(None, js=_CLOSE_SIDE_ON_PHONES)
     return page
 
 

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from llava_saep.errors import UserError
-from llava_saep.generation import AnswerStatistics, AnswerStream, GenerationOptions
+from llava_saep.generation import AnswerStatistics, AnswerStream, GenerationOptions, LocalEngine
+from llava_saep.generation.attention_maps import AttentionMaps, attention_maps
 from llava_saep.generation.messages import Message
 from llava_saep.serve.demo.catalog import ModelCatalog
 from llava_saep.serve.demo.feedback import FeedbackFile
@@ -101,6 +102,21 @@ class DemoServices:
             stream = engine.stream(messages, options, max_seconds=limits.max_generation_seconds)
             with self._stoppable(stream, request.session_hash or secrets.token_hex(8)):
                 yield from _paced(stream)
+
+    def look_inside(
+        self, model_id: str | None, messages: list[Message], answer: str, request: gr.Request
+    ) -> AttentionMaps:
+        """Find where an answer looked, when the model has time for it.
+
+        Raises:
+            UserError: a limit is exceeded, the model is not loaded or is not of this process, or as `attention_maps`.
+        """
+        self.check_rate(request)
+        check_conversation(messages, self.settings.limits)
+        with self._place(), self.catalog.using(model_id) as engine:
+            if not isinstance(engine, LocalEngine):
+                raise UserError(f"{model_id} runs on another server, which lets nobody look inside.")
+            return engine.use_model(lambda predictor: attention_maps(predictor, messages, answer))
 
     def stop(self, request: gr.Request) -> None:
         """Stop the answers that are being written for a session."""

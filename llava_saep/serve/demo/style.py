@@ -43,3 +43,33 @@ def theme() -> gr.themes.Base:
         font=[gr.themes.Font(name) for name in _SANS],
         font_mono=[gr.themes.Font(name) for name in _MONO],
     )
+
+
+SECTIONS_CSS = """
+:is(#inside, #compare) .facts { display: flex; flex-wrap: wrap; gap: 2px 18px; margin: 0; padding: 0; }
+:is(#inside, #compare) .facts li { margin: 0; list-style: none; font-size: var(--text-sm);
+  color: var(--body-text-color-subdued); }
+.written { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.5; }
+.written.waiting, #inside-written .note { color: var(--body-text-color-subdued); }
+#compare .written { margin-top: 8px; font-size: var(--text-lg); }
+.asked { display: flex; flex-wrap: wrap; align-items: center; gap: 14px; }
+.asked img { height: 96px; border-radius: var(--radius-md); }
+.refused { color: var(--error-text-color); background: var(--error-background-fill); padding: 8px 12px;
+  border: 1px solid var(--error-border-color); border-radius: var(--radius-md); overflow-wrap: anywhere; }
+table.numbers { width: 100%; margin-top: 10px; border-collapse: collapse; font-size: var(--text-sm); }
+#compare :is(table.numbers, table.numbers tr) { border: none !important; background: none !important; }
+#compare table.numbers :is(th, td) { padding: 4px 0 !important; border: solid var(--border-color-primary) !important;
+  border-width: 1px 0 0 !important; }
+table.numbers th { text-align: left; font-weight: 400; color: var(--body-text-color-subdued); }
+table.numbers td { text-align: right; font-variant-numeric: tabular-nums; }
+/* Words of an answer stand one behind the other and are chosen by a click, or with the arrow keys. */
+#inside-picture img { max-height: min(64dvh, 560px); object-fit: contain; }
+#inside-tokens .wrap { gap: 3px; }
+#inside-tokens label { padding: 3px 7px; white-space: pre; box-shadow: none; }
+#inside-tokens label span { margin: 0; }
+#inside-tokens label.selected { background: var(--primary-600); color: white; }
+#inside-tokens input { position: absolute; opacity: 0; width: 0; margin: 0; }
+#inside-tokens label:has(:focus-visible) { outline: 2px solid var(--primary-500); }
+#compare-actions { gap: 12px; justify-content: flex-start; }
+#compare-actions > * { flex: 0 0 auto !important; }
+"""

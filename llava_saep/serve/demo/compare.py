@@ -1,0 +1,340 @@
+"""Compare: two models side by side, asked the same about the same picture, writing at the same time."""
+
+import base64
+import io
+import queue
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from llava_saep.errors import UserError
+from llava_saep.generation import AnswerStatistics, GenerationOptions
+from llava_saep.generation.messages import Message
+from llava_saep.serve.demo.chat_section import ACCEPTED_FILES, Controls
+from llava_saep.serve.demo.conversation import Conversation
+from llava_saep.serve.demo.pictures import engine_messages
+from llava_saep.serve.demo.services import ChatParts, DemoServices
+from llava_saep.serve.demo.text import as_html, told
+
+_QUIET = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+_SIDES = ("left", "right")
+_NUM_OUTPUTS = 7
+_THUMBNAIL_SIDE = 192
+_HINT = "Choose two models, add a picture, and ask both at once."
+
+
+@dataclass
+class _Side:
+    """What one column shows."""
+
+    model_id: str
+    text: str = ""
+    state: str = "waiting"
+    statistics: AnswerStatistics | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One question to both."""
+
+    messages: list[Message]
+    options: GenerationOptions
+    request: gr.Request
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+class CompareSection:
+    """Builds the section inside a gr.Blocks and connects it.
+
+    Args:
+        controls: how answers are decoded; both models get the same.
+    """
+
+    def __init__(self, services: DemoServices, *, tab: gr.Tab, chat: ChatParts, controls: Controls):
+        self.services = services
+        self.chat = chat
+        self.question = gr.MultimodalTextbox(
+            show_label=False,
+            placeholder=_HINT,
+            file_types=ACCEPTED_FILES,
+            file_count="multiple",
+            sources=["upload"],
+            lines=1,
+            max_lines=4,
+            max_plain_text_length=services.settings.limits.max_prompt_characters,
+            elem_id="compare-question",
+        )
+        with gr.Row(elem_id="compare-actions"):
+            self.again = gr.Button("Ask the chat's last question", size="sm", elem_id="compare-chat")
+            self.stop = gr.Button("Stop both", variant="stop", size="sm", visible=False, elem_id="compare-stop")
+        self.asked = gr.HTML("", elem_id="compare-asked")
+        with gr.Row(elem_id="compare"):
+            self.models, self.cards = zip(*(self._build_side(side) for side in _SIDES), strict=True)
+        self._connect(tab, controls)
+
+    def _build_side(self, side: str) -> tuple[gr.Dropdown, gr.HTML]:
+        with gr.Column(min_width=280):
+            model = gr.Dropdown(
+                self._choices(),
+                value=self._default(side),
+                label="First model" if side == "left" else "Second model",
+                filterable=False,
+                interactive=True,
+                elem_id=f"compare-model-{side}",
+            )
+            card = gr.HTML("", elem_id=f"compare-{side}")
+        return model, card
+
+    def _connect(self, tab: gr.Tab, controls: Controls) -> None:
+        shown = [self.question, self.asked, self.stop, *self.cards, *self.models]
+        asking = [*self.models, self.chat.browser, *controls]
+        writing = {
+            "api_visibility": "private",
+            "show_progress": "hidden",
+            "concurrency_limit": self.services.settings.limits.max_queue + 1,
+            "concurrency_id": "answers",
+        }
+        self.question.submit(self.ask, [self.question, *asking], shown, **writing)
+        self.again.click(self.ask_as_in_chat, [self.chat.conversation, *asking], shown, **writing)
+        self.stop.click(self.stop_both, None, None, **_QUIET)
+        tab.select(self.refresh, [*self.models], [*self.models], **_QUIET)
+
+    # What the events do
+
+    def refresh(self, *models: str | None) -> list[Any]:
+        """Show what is loaded now."""
+        return [
+            gr.update(choices=self._choices(), value=model_id or self._default(side))
+            for side, model_id in zip(_SIDES, models, strict=True)
+        ]
+
+    def ask(
+        self,
+        question: Mapping[str, Any],
+        left: str | None,
+        right: str | None,
+        browser: Any,
+        system: str | None,
+        temperature: float,
+        top_p: float,
+        max_new_tokens: float,
+        request: gr.Request,
+    ) -> Iterator[list[Any]]:
+        """Put a question to both models, and stream both answers."""
+        try:
+            pictures = self.services.visitor(browser, request).pictures
+            names = tuple(pictures.add_upload(path) for path in question.get("files") or [])
+            conversation = Conversation.new().with_question(question.get("text") or "", names)
+        except Exception as error:  # every kind becomes a message
+            gr.Warning(as_html(told(error)), title="Not asked")
+            yield [gr.skip()] * _NUM_OUTPUTS
+            return
+        decoding = (temperature, top_p, max_new_tokens)
+        yield from self._answered(conversation, (left, right), browser, system, decoding, request)
+
+    def ask_as_in_chat(
+        self,
+        conversation: Conversation,
+        left: str | None,
+        right: str | None,
+        browser: Any,
+        system: str | None,
+        temperature: float,
+        top_p: float,
+        max_new_tokens: float,
+        request: gr.Request,
+    ) -> Iterator[list[Any]]:
+        """Put the chat's last question to both models, with all that was said before it."""
+        before, question = conversation.before_last_question()
+        if question is None:
+            gr.Warning("The chat has no question yet.", title="Not asked")
+            yield [gr.skip()] * _NUM_OUTPUTS
+            return
+        asked = before.with_question(question.text, question.pictures)
+        decoding = (temperature, top_p, max_new_tokens)
+        yield from self._answered(asked, (left, right), browser, system, decoding, request)
+
+    def stop_both(self, request: gr.Request) -> None:
+        """Stop what is being written for this page."""
+        self.services.stop(request)
+
+    # Steps
+
+    def _answered(
+        self,
+        conversation: Conversation,
+        models: tuple[str | None, str | None],
+        browser: Any,
+        system: str | None,
+        decoding: tuple[float, float, float],
+        request: gr.Request,
+    ) -> Iterator[list[Any]]:
+        """Stream both answers; an error of one model is shown in its column, and the other goes on."""
+        sides = [_Side(model_id or "") for model_id in models]
+        asked = None
+        try:
+            asked = self._prepared(conversation, models, browser, decoding, request)
+            yield self._begun(conversation, browser, sides, request)
+            for _ in self._load(sides):
+                yield self._going_on(sides)
+            for _ in self._both(sides, asked, (system or "").strip()):
+                yield self._going_on(sides)
+        except Exception as error:  # every kind becomes a message
+            gr.Warning(as_html(told(error)), title="Not asked", duration=15)
+            if asked is None:
+                yield [gr.skip()] * _NUM_OUTPUTS
+                return
+        finally:
+            if asked is not None:
+                asked.cancelled.set()
+        models_shown = [gr.update(choices=self._choices()) for _ in _SIDES]
+        yield [gr.skip(), gr.skip(), gr.update(visible=False), *map(self._card, sides), *models_shown]
+
+    def _prepared(
+        self,
+        conversation: Conversation,
+        models: Sequence[str | None],
+        browser: Any,
+        decoding: tuple[float, float, float],
+        request: gr.Request,
+    ) -> _Asked:
+        if None in models:
+            raise UserError("Choose two models to compare; --models-dir offers all of a folder.")
+        for _ in models:
+            self.services.check_rate(request)
+        temperature, top_p, max_new_tokens = decoding
+        options = GenerationOptions(
+            temperature=float(temperature), top_p=float(top_p), max_new_tokens=int(max_new_tokens)
+        )
+        pictures = self.services.visitor(browser, request).pictures
+        return _Asked(engine_messages(conversation, pictures), options, request)
+
+    def _load(self, sides: Sequence[_Side]) -> Iterator[None]:
+        """Load what is not loaded yet, one after the other, since memory is looked at before each."""
+        for side in sides:
+            try:
+                for progress in self.services.catalog.load(side.model_id):
+                    side.state = f"loading, {progress.seconds:.0f} s"
+                    yield
+            except Exception as error:  # every kind becomes a message
+                side.error = told(error)
+
+    def _both(self, sides: Sequence[_Side], asked: _Asked, system: str) -> Iterator[None]:
+        """Let both write, each in a thread, and go on whenever there is something new."""
+        news: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        writers = [
+            threading.Thread(target=self._write, args=(side, asked, system, news), daemon=True)
+            for side in sides
+            if side.error is None
+        ]
+        for writer in writers:
+            writer.start()
+        num_writing = len(writers)
+        while num_writing:
+            num_writing -= news.get()
+            yield
+
+    def _write(self, side: _Side, asked: _Asked, system: str, news: queue.SimpleQueue) -> None:
+        """Let one model answer; runs in a thread of its own, and says in `news` whether it has ended."""
+        try:
+            messages = self._with_system(asked.messages, side.model_id, system)
+            for partial in self.services.answer(side.model_id, messages, asked.options, asked.request):
+                side.text, side.statistics, side.state = partial.text, partial.statistics, "writing"
+                news.put(False)
+                if asked.cancelled.is_set():  # the visitor has left
+                    break
+        except Exception as error:  # every kind becomes a message
+            side.error = told(error)
+        side.state = "done"
+        news.put(True)
+
+    def _with_system(self, messages: list[Message], model_id: str, system: str) -> list[Message]:
+        """The conversation with a system prompt, where the model's template has a place for one."""
+        if not system or not self.services.catalog.engine(model_id).description.takes_system:
+            return messages
+        return [{"role": "system", "content": system}, *messages]
+
+    def _begun(
+        self, conversation: Conversation, browser: Any, sides: Sequence[_Side], request: gr.Request
+    ) -> list[Any]:
+        """Outputs when a question has been taken."""
+        pictures = self.services.visitor(browser, request).pictures
+        thumbnails = "".join(_thumbnail(pictures.open(name)) for name in conversation.pictures)
+        text = f"<div class='written'>{as_html(conversation.messages[-1].text)}</div>"
+        return [
+            {"text": "", "files": []},
+            f"<div class='asked'>{thumbnails}{text}</div>",
+            gr.update(visible=True),
+            *map(self._card, sides),
+            *[gr.skip()] * 2,
+        ]
+
+    def _going_on(self, sides: Sequence[_Side]) -> list[Any]:
+        return [*[gr.skip()] * 3, *map(self._card, sides), *[gr.skip()] * 2]
+
+    def _card(self, side: _Side) -> str:
+        """One column, as HTML of our own."""
+        entry = next((entry for entry in self.services.catalog.entries if entry.model_id == side.model_id), None)
+        facts = [] if entry is None else [f"{entry.projector} projector", f"{entry.tokens_per_image} tokens per image"]
+        parts = [f"<ul class='facts'>{''.join(f'<li>{as_html(fact)}</li>' for fact in facts)}</ul>"]
+        if side.text or side.error is None:
+            waiting = "" if side.text else " waiting"
+            parts.append(f"<div class='written{waiting}'>{as_html(side.text or f'{side.state} …')}</div>")
+        if side.error is not None:
+            parts.append(f"<div class='refused' role='alert'>{as_html(side.error)}</div>")
+        if side.statistics is not None:
+            parts.append(_table(side.statistics))
+        return "".join(parts)
+
+    def _choices(self) -> list[tuple[str, str]]:
+        loaded = self.services.catalog.loaded_ids
+        return [
+            (f"{'● ' if entry.model_id in loaded else '○ '}{entry.summary}", entry.model_id)
+            for entry in self.services.catalog.entries
+        ]
+
+    def _default(self, side: str) -> str | None:
+        """The first model on the left, the second on the right, those before others that are loaded."""
+        catalog = self.services.catalog
+        loaded = catalog.loaded_ids
+        names = [*loaded, *(entry.model_id for entry in catalog.entries if entry.model_id not in loaded)]
+        place = _SIDES.index(side)
+        return names[place] if place < len(names) else None
+
+
+def _thumbnail(picture: Image.Image) -> str:
+    """A small picture inside HTML."""
+    picture.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    data = base64.b64encode(file.getvalue()).decode()
+    return f"<img alt='picture of the question' src='data:image/png;base64,{data}'>"
+
+
+_REASONS = {
+    "stop": "complete",
+    "length": "cut off at the length that was asked for",
+    "cancelled": "stopped",
+    "time_limit": "cut off at the time limit",
+}
+
+
+def _table(statistics: AnswerStatistics) -> str:
+    """An answer's numbers, as HTML of our own."""
+    speed = statistics.tokens_per_second if statistics.completion_tokens > 1 else 0.0
+    rows = {
+        "Image tokens": f"{statistics.image_tokens:,}",
+        "Prompt tokens": f"{statistics.prompt_tokens:,}",
+        "Answer tokens": f"{statistics.completion_tokens:,}",
+        "First token": f"{statistics.first_token_seconds:.2f} s",
+        "Speed": f"{speed:.1f} tokens/s" if speed else "–",
+        "In all": f"{statistics.seconds:.2f} s",
+        "End": _REASONS[statistics.finish_reason],
+    }
+    cells = "".join(f"<tr><th scope='row'>{name}</th><td>{as_html(value)}</td></tr>" for name, value in rows.items())
+    return f"<table class='numbers'>{cells}</table>"
