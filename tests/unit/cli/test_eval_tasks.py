@@ -8,6 +8,8 @@ import pytest
 
 from llava_saep.cli import main
 from llava_saep.evaluation.results import SCHEMA
+from llava_saep.evaluation.tasks import JudgedTask, find_task, select_tasks, task_names
+from tests.fixtures.benchmarks import write_sample
 from tests.fixtures.evaluation_runs import (
     TINY_MODEL,
     write_mmvet,
@@ -15,6 +17,7 @@ from tests.fixtures.evaluation_runs import (
     write_spatial_scenes,
     write_vizwiz_test,
 )
+from tests.fixtures.judge import chat_reply, running_endpoint
 
 GOLDEN_POPE = Path(__file__).parents[2] / "golden" / "llava" / "eval_inputs" / "pope"
 
@@ -131,6 +134,62 @@ def test_answers_for_a_judge_are_written_and_the_missing_judge_is_said(data_dir,
     assert entry["result"] is None and len(answer_lines(data_dir, "mmvet")) == 3
     assert "--judge-url and --judge-model" in capsys.readouterr().out
     assert set(json.loads(Path(entry["uploads"][0]).read_text())) == {"v1_0", "v1_1", "v1_2"}
+
+
+def test_free_answers_are_rated_by_the_judge_that_is_named(data_dir, monkeypatch):
+    monkeypatch.setenv("LLAVA_SAEP_JUDGE_KEY", "secret")
+    with running_endpoint() as endpoint:
+        endpoint.respond = lambda text, times: chat_reply("0.5") if "dog" in text else (500, "", {})
+        flags = ["--judge-url", endpoint.url, "--judge-model", "rater"]
+        entry = run(data_dir, *flags, task="mmvet")["mmvet"]
+        again = run(data_dir, *flags, task="mmvet")["mmvet"]
+    assert entry["result"]["metrics"][0]["value"] == 0.5 and again["result"] == entry["result"]
+    assert len(endpoint.requests) == 3  # the second run finds the reviews
+    assert endpoint.requests[0][2]["Authorization"] == "Bearer secret"
+    assert "judge: rater at 127.0.0.1" in entry["notes"][0]
+    assert "secret" not in "".join(
+        path.read_text() for path in (data_dir.parent / "out").rglob("*.*") if path.is_file()
+    )
+
+
+def test_judge_that_refuses_costs_no_answers(data_dir, capsys):
+    with running_endpoint() as endpoint:
+        endpoint.respond = lambda text, times: (401, "wrong key", {})
+        entry = run(data_dir, "--judge-url", endpoint.url, "--judge-model", "rater", task="mmvet", code=1)["mmvet"]
+    assert entry["result"] is None and "refuses (status 401): wrong key" in entry["notes"][0]
+    assert len(answer_lines(data_dir, "mmvet")) == 3
+
+
+def test_question_without_an_answer_is_not_rated_and_counted(data_dir):
+    (data_dir / "mm-vet" / "images" / "v1_1.png").write_bytes(b"no image")
+    with running_endpoint() as endpoint:
+        endpoint.respond = lambda text, times: chat_reply("1.0")
+        entry = run(data_dir, "--judge-url", endpoint.url, "--judge-model", "rater", task="mmvet")["mmvet"]
+    assert [each["question_id"] for each in entry["excluded_questions"]] == [1]
+    assert entry["result"]["metrics"][0]["n"] == 2
+    assert [(each["reason"], each["count"]) for each in entry["result"]["exclusions"]] == [
+        ("questions without a review", 1)
+    ]
+
+
+@pytest.mark.parametrize("name", task_names())
+def test_every_benchmark_runs_from_its_published_files_to_its_result(name, tmp_path):
+    """All splits of the samples, images that stand in tables and several rounds among them."""
+    task = find_task(name)
+    write_sample(name, tmp_path / "data" / task.folder_name)
+    splits = ",".join(f"{name}:{split}" for split in task.splits)
+    judged = isinstance(task, JudgedTask)
+    results = run(tmp_path / "data", task=splits, code=1 if judged else 0)
+    assert len(results) == len(task.splits)
+    for selected in select_tasks([splits]):
+        entry = results[selected.label]
+        label = selected.label.replace(":", "_")
+        lines = answer_lines(tmp_path / "data", label)
+        asked = task.questions(tmp_path / "data" / task.folder_name, selected.split)
+        assert [(line["question_id"], line["prompt"]) for line in lines] == [(q.question_id, q.prompt) for q in asked]
+        assert (entry["result"] is not None) == (task.has_labels(selected.split) and not judged)
+        assert entry["result"] or entry["uploads"] or judged
+        assert not entry["excluded_questions"]
 
 
 def test_question_with_a_damaged_image_counts_as_wrong_and_is_reported(data_dir, capsys):
