@@ -20,7 +20,6 @@ FETCH_SECONDS = 20.0
 
 _STEP_SECONDS = 5.0
 _MAX_REDIRECTS = 3
-_CHUNK_BYTES = 64 * 1024
 _TRANSLATED_NETWORK = IPv6Network("64:ff9b::/96")
 """NAT64: these IPv6 addresses lead to the IPv4 address in their last four bytes, private ones too."""
 
@@ -117,7 +116,7 @@ class ImageFetcher:
     def _read(self, response: httpx.Response, deadline: float) -> bytes:
         content = bytearray()
         # Raw: a compressed answer, which was not asked for, must not be able to grow here.
-        for chunk in response.iter_raw(_CHUNK_BYTES):
+        for chunk in response.iter_raw():  # with a chunk size it would wait for so many bytes, at any pace
             content += chunk
             if len(content) > self.max_bytes:
                 raise UserError(f"the image at the address has more than {self.max_bytes:,} bytes")

@@ -9,7 +9,7 @@ import logging
 import os
 import stat
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from llava_saep.errors import UserError
@@ -25,7 +25,7 @@ _MAKE_ONE = """python -c "import secrets; print(secrets.token_urlsafe(32))" make
 class ApiKeys:
     """Keys that are let in, as SHA-256 digests; none: everybody is."""
 
-    digests: tuple[bytes, ...] = ()
+    digests: tuple[bytes, ...] = field(default=(), repr=False)
 
     @classmethod
     def of(cls, keys: Iterable[str]) -> "ApiKeys":
