@@ -20,6 +20,7 @@ from llava_saep.evaluation import ranks
 from llava_saep.evaluation.asking import AskedModel, ModelChoice
 from llava_saep.evaluation.questions import read_questions
 from llava_saep.evaluation.runner import answer_questions, as_task_question, check_images
+from llava_saep.evaluation.tasks import TaskQuestion
 from llava_saep.generation import GenerationOptions, Predictor
 from llava_saep.mm_utils import get_model_name_from_path
 from llava_saep.model.hub import local_folder
@@ -34,7 +35,7 @@ MAX_NEW_TOKENS = 1024
 T = TypeVar("T")
 
 
-def build_parser(name: str = NAME, max_new_tokens: int = MAX_NEW_TOKENS) -> argparse.ArgumentParser:
+def build_parser(name: str = NAME, max_new_tokens: int = MAX_NEW_TOKENS) -> AbbreviatingParser:
     """Return the parser; flags and defaults are LLaVA's."""
     parser = AbbreviatingParser(prog=name, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_flag("model-path", required=True, help="folder or hub name")
@@ -105,25 +106,33 @@ def main(argv: Sequence[str] | None = None, *, name: str = NAME, max_new_tokens:
         UserError, ProjectorError: a flag, the model's folder, the question file or an image is wrong.
     """
     arguments = build_parser(name, max_new_tokens).parse_args(argv)
+    questions = read_questions(Path(arguments.question_file).expanduser(), ids_are_unique=False)
+    image_folder = Path(arguments.image_folder).expanduser()
+    asked = [as_task_question(question, image_folder) for question in questions]
+    answer_part(arguments, chunk(asked, arguments.num_chunks, arguments.chunk_idx))
+    return 0
+
+
+def answer_part(arguments: argparse.Namespace, questions: Sequence[TaskQuestion]) -> None:
+    """Answer questions with the model and the decoding that the flags of `build_parser` name.
+
+    Raises:
+        UserError, ProjectorError: a flag, the model's folder or an image is wrong.
+    """
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, got {arguments.batch_size}")
     decoding = decoding_options(arguments)
-    questions = read_questions(Path(arguments.question_file).expanduser(), ids_are_unique=False)
-    questions = chunk(questions, arguments.num_chunks, arguments.chunk_idx)
-    image_folder = Path(arguments.image_folder).expanduser()
-    asked = [as_task_question(question, image_folder) for question in questions]
-    check_images(asked)
+    check_images(questions)
     with ranks.process_group():
         model = AskedModel.load(_chosen_model(arguments))
         options = fit_to_context(decoding, model.predictor)
         answer_questions(
-            asked,
+            questions,
             model.asking(options, batch_size=arguments.batch_size, on_bad_image="error"),
             answers_path=Path(arguments.answers_file).expanduser(),
             model_id=model.choice.model_id,
             fingerprint=model.answers_fingerprint(options),
         )
-    return 0
 
 
 def _chosen_model(arguments: argparse.Namespace) -> ModelChoice:

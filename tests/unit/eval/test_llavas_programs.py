@@ -11,9 +11,12 @@ from PIL import Image
 
 from llava_saep import conv_templates, load_pretrained_model, process_images, tokenizer_image_token
 from llava_saep.errors import UserError
-from llava_saep.eval import model_vqa, model_vqa_loader, run_llava
+from llava_saep.eval import model_vqa, model_vqa_loader, model_vqa_mmbench, model_vqa_science, run_llava
 from llava_saep.eval.model_vqa import chunk
+from llava_saep.evaluation.tasks import find_task
+from llava_saep.evaluation.tasks._files import read_answers
 from llava_saep.serve import chat
+from tests.fixtures.benchmarks import write_sample
 from tests.fixtures.tiny import write_image
 
 MODEL = Path(__file__).parents[2] / "golden" / "llava" / "checkpoints" / "llava_tiny_v15"
@@ -36,6 +39,16 @@ PROGRAMS = {
     "model_vqa_loader": (
         model_vqa.build_parser(model_vqa_loader.NAME, model_vqa_loader.MAX_NEW_TOKENS),
         {**VQA, "--max_new_tokens": 128},
+        ["--model-path", "--conv-mode"],
+    ),
+    "model_vqa_mmbench": (
+        model_vqa_mmbench.build_parser(),
+        {**VQA, "--all-rounds": False, "--single-pred-prompt": False, "--lang": "en"},
+        ["--model-path", "--conv-mode"],
+    ),
+    "model_vqa_science": (
+        model_vqa_science.build_parser(),
+        {**VQA, "--question-file": "tables/question.json", "--answer-prompter": False, "--single-pred-prompt": False},
         ["--model-path", "--conv-mode"],
     ),
     "run_llava": (
@@ -138,6 +151,52 @@ def test_chunks_one_after_the_other_are_the_whole(questions):
     assert [{k: v for k, v in r.items() if k not in drop} for r in parts] == [
         {k: v for k, v in r.items() if k not in drop} for r in whole
     ]
+
+
+def answer_file(program, *flags):
+    decoding = ["--temperature", "0", "--device", "cpu", "--max_new_tokens", "4", "--model-path", MODEL]
+    assert program.main([str(word) for word in (*decoding, *flags)]) == 0
+    return read_answers(Path(flags[flags.index("--answers-file") + 1]))
+
+
+def test_model_vqa_mmbench_stores_what_llavas_does_and_its_task_scores_it(tmp_path):
+    """The stored prompt has no instruction; `option_char` says which letter of the table stood where."""
+    write_sample("mmbench", tmp_path)
+    table = tmp_path / "mmbench_dev_20230712.tsv"
+    places = ("--question-file", table, "--answers-file", tmp_path / "answers" / "all.jsonl")
+    answers = answer_file(model_vqa_mmbench, *places, "--all-rounds", "--single-pred-prompt")
+    assert [(answer.question_id, answer.round_id) for answer in answers] == [
+        *((7, i) for i in range(3)),
+        *((1_000_007, i) for i in range(3)),
+        *((8, i) for i in range(2)),
+    ]
+    second = answers[1].fields
+    assert second["prompt"] == "A map is shown.\nWhere is it?\nA. right\nB. top\nC. left"
+    assert (second["options"], second["option_char"]) == (["right", "top", "left"], ["B", "C", "A"])
+    assert not find_task("mmbench").score(tmp_path, "dev_all_rounds", answers).exclusions
+
+    parts = []
+    for index in range(2):
+        own = ("--question-file", table, "--answers-file", tmp_path / "answers" / f"2_{index}.jsonl")
+        chunks = ("--num-chunks", "2", "--chunk-idx", index, "--all-rounds", "--single-pred-prompt")
+        parts += answer_file(model_vqa_mmbench, *own, *chunks)
+    assert [(part.key, part.text) for part in parts] == [(answer.key, answer.text) for answer in answers]
+
+
+def test_model_vqa_science_stores_what_llavas_does_and_its_task_scores_it(tmp_path, caplog):
+    """The marker in front of the stored prompt tells LLaVA's scorer that there was an image."""
+    write_sample("scienceqa", tmp_path)
+    places = ("--question-file", tmp_path / "llava_test_CQM-A.json", "--image-folder", tmp_path / "images" / "test")
+    output = ("--answers-file", tmp_path / "answers.jsonl")
+    answers = answer_file(model_vqa_science, *places, *output, "--single-pred-prompt", "--answer-prompter")
+    letter = "Answer with the option's letter from the given choices directly."
+    assert [answer.prompt for answer in answers] == [
+        f"<image>\nWhich is north?\nContext: N/A\nA. Ohio\nB. Utah\n{letter}",
+        f"Which is a noun?\nContext: N/A\nA. run\nB. red\nC. dog\n{letter}",
+    ]
+    assert [answer.question_id for answer in answers] == ["4", "5"]
+    assert "--answer-prompter has no effect" in caplog.text
+    assert not find_task("scienceqa").score(tmp_path, "test", answers).exclusions
 
 
 @pytest.mark.parametrize(("num_items", "num_chunks"), [(5, 1), (5, 2), (5, 4), (3, 5), (0, 2)])
