@@ -77,8 +77,11 @@ def judge_prompt(context: str, question: str, reference: str, answer: str, rule:
 
 
 def parse_points(reply: str) -> tuple[float, float]:
-    """The two numbers that the first line of a reply consists of, a space or a comma between; else `UNREADABLE`."""
-    words = reply.split("\n")[0].replace(",", " ").split(" ")
+    """The two numbers that the first line of a reply consists of, spaces or a comma between; else `UNREADABLE`.
+
+    LLaVA cannot read `8, 6`, with both.
+    """
+    words = reply.split("\n")[0].replace(",", " ").split()
     try:
         first, second = map(float, words)
     except ValueError:
