@@ -5,7 +5,7 @@
 
 from llava_saep.generation.engine import Engine, LocalEngine, ModelDescription
 from llava_saep.generation.messages import Message, content_with_placeholders, parse_messages
-from llava_saep.generation.options import GenerationOptions
+from llava_saep.generation.options import EngineSettings, GenerationOptions
 from llava_saep.generation.predictor import Predictor, Prompt
 from llava_saep.generation.streams import AnswerStatistics, AnswerStream
 
@@ -13,6 +13,7 @@ __all__ = [
     "AnswerStatistics",
     "AnswerStream",
     "Engine",
+    "EngineSettings",
     "GenerationOptions",
     "LocalEngine",
     "Message",

@@ -4,9 +4,10 @@ A local engine has one thread for its model. Questions wait for it in the order 
 different chats never mix, and closing an answer ends the model's work on it within one token.
 """
 
-import queue
-import threading
+import gc
+import logging
 import time
+import traceback
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -17,13 +18,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import CompileConfig, StoppingCriteriaList
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from llava_saep.errors import UserError
+from llava_saep.generation.answers import Answer, Interruption, LocalAnswerStream, PieceStreamer
+from llava_saep.generation.conversation_cache import (
+    ConversationCaches,
+    DynamicCaches,
+    StaticCaches,
+    prompt_symbols,
+)
+from llava_saep.generation.image_features import ImageFeatures, content_key
 from llava_saep.generation.messages import Message
-from llava_saep.generation.options import GenerationOptions
+from llava_saep.generation.options import EngineSettings, GenerationOptions
 from llava_saep.generation.predictor import Predictor, Prompt
-from llava_saep.generation.streams import AnswerStatistics, AnswerStream, FinishReason, StopStringFilter
+from llava_saep.generation.streams import AnswerStream, StopStringFilter
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -88,23 +100,33 @@ class LocalEngine(Engine):
     Args:
         predictor: the loaded model.
         model_id: the name to show.
+        settings: None: the defaults.
+    Raises:
+        UserError: the model does not do what the settings ask for.
     """
 
-    def __init__(self, predictor: Predictor, *, model_id: str):
+    def __init__(self, predictor: Predictor, *, model_id: str, settings: EngineSettings | None = None):
         self.predictor = predictor
         self.model_id = model_id
+        self.settings = settings or EngineSettings()
+        self._caches = _make_caches(predictor, self.settings)
+        self._image_features = ImageFeatures(predictor, max_bytes=self.settings.max_image_bytes)
         self._model_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="llava-saep-model")
-        self._running: weakref.WeakSet[_Answer] = weakref.WeakSet()
+        self._running: weakref.WeakSet[Answer] = weakref.WeakSet()
+        if self.settings.compile:
+            self._compile()
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, model_id: str | None = None, **kwargs: Any) -> "LocalEngine":
-        """Load a model; arguments and errors as `Predictor.from_pretrained`.
+    def from_pretrained(
+        cls, folder: str | Path, *, model_id: str | None = None, settings: EngineSettings | None = None, **kwargs: Any
+    ) -> "LocalEngine":
+        """Load a model; arguments and errors as `Predictor.from_pretrained` and for the class.
 
         Args:
             model_id: None: the folder's own name.
         """
         predictor = Predictor.from_pretrained(folder, **kwargs)
-        return cls(predictor, model_id=model_id or Path(folder).name or str(folder))
+        return cls(predictor, model_id=model_id or Path(folder).name or str(folder), settings=settings)
 
     @property
     def description(self) -> ModelDescription:
@@ -141,8 +163,8 @@ class LocalEngine(Engine):
         if max_seconds is not None and max_seconds <= 0:
             raise UserError(f"max_seconds must be above 0, got {max_seconds}")
         prompt = self.predictor.encode(messages)
-        self.predictor.check_length(prompt, options)
-        answer = _Answer(prompt, options, max_seconds)
+        self._check_length(prompt, options)
+        answer = Answer(prompt, [content_key(image) for image in prompt.images], options, max_seconds)
         self._running.add(answer)
         return LocalAnswerStream(answer, self._submit(self._write, answer))
 
@@ -155,10 +177,12 @@ class LocalEngine(Engine):
         return self._submit(work, self.predictor).result()
 
     def close(self) -> None:
-        """Stop all answers and give the model's thread back; nothing can be asked any more."""
+        """Stop all answers and give the model's thread and memory back; nothing can be asked any more."""
         for answer in list(self._running):
             answer.cancelled.set()
         self._model_thread.shutdown(wait=True)
+        self._caches.clear()
+        self._image_features.clear()
 
     def _submit(self, work: Callable[..., T], *args: Any) -> "Future[T]":
         try:
@@ -166,155 +190,124 @@ class LocalEngine(Engine):
         except RuntimeError as error:  # the executor takes no work after its shutdown
             raise UserError(f"{self.model_id} was unloaded; load it again to ask it") from error
 
-    def _write(self, answer: "_Answer") -> None:
+    def _check_length(self, prompt: Prompt, options: GenerationOptions) -> None:
+        self.predictor.check_length(prompt, options)
+        limit, length = self.settings.max_length, len(prompt.input_ids)
+        if limit is not None and length + options.max_new_tokens > limit:
+            raise UserError(
+                f"the conversation has {length} tokens (images included) and asks for up to {options.max_new_tokens} "
+                f"more, but the static cache has {limit}; shorten it, lower max_new_tokens or make max_length larger"
+            )
+
+    def _compile(self) -> None:
+        """Let the first question, which compiles, be our own: it takes so long that nobody should wait for it."""
+        question = [{"role": "user", "content": "Hello"}]
+        for _ in self.stream(question, GenerationOptions(max_new_tokens=4)):
+            pass
+
+    def _write(self, answer: Answer) -> None:
         """Let the model write one answer; runs in its thread."""
         answer.started = time.monotonic()
         try:
             if not answer.cancelled.is_set():
-                self._generate(answer)
+                self._generate_with_memory(answer)
         except Exception as error:  # handed to the reading thread, which raises it
             answer.error = error
         finally:
             answer.finish()
 
-    def _generate(self, answer: "_Answer") -> None:
+    def _generate_with_memory(self, answer: Answer) -> None:
+        """Generate, the second time without the memory that earlier conversations take."""
+        is_again = False
+        while not self._fits_into_memory(answer):
+            had_any = self._forget_all()
+            if is_again or not had_any or answer.num_tokens > 0:
+                length, device = len(answer.prompt.input_ids), self.predictor.model.device
+                raise UserError(
+                    f"the conversation of {length} tokens ({answer.prompt.num_image_tokens} of images) does not fit "
+                    f"into the memory of {device}; shorten it or show fewer images"
+                )
+            is_again = True
+
+    def _fits_into_memory(self, answer: Answer) -> bool:
+        try:
+            self._generate(answer)
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+            logger.warning("out of memory: %s", error)
+            traceback.clear_frames(error.__traceback__)  # they hold what was computed so far
+            return False
+        return True
+
+    def _generate(self, answer: Answer) -> None:
         deadline = None if answer.max_seconds is None else answer.started + answer.max_seconds
-        tokenizer = self.predictor.processor.tokenizer
-        streamer = _PieceStreamer(tokenizer, answer, StopStringFilter(self.predictor.template.stop_strings))
-        interruption = _Interruption(answer, streamer, deadline)
-        inputs = self.predictor.model_inputs([answer.prompt])
-        with torch.inference_mode(), _seeded(answer.options.seed, self.predictor.model.device):
-            self.predictor.model.generate(
-                **inputs,
+        model, tokenizer = self.predictor.model, self.predictor.processor.tokenizer
+        streamer = PieceStreamer(tokenizer, answer, StopStringFilter(self.predictor.template.stop_strings))
+        interruption = Interruption(answer, streamer, deadline)
+        with torch.inference_mode(), _seeded(answer.options.seed, model.device):
+            symbols = prompt_symbols(answer.prompt, answer.image_keys)
+            cache, answer.num_cached_tokens = self._caches.start(symbols)
+            output = model.generate(
+                **self._model_inputs(answer),
                 **self.predictor.decoding(answer.options),
+                **_compilation(self.settings, model.device),
+                past_key_values=cache,
                 streamer=streamer,
                 stopping_criteria=StoppingCriteriaList([interruption]),
             )
+            self._caches.keep(symbols + output[0, len(symbols) :].tolist(), cache)
         answer.finish_reason = "stop" if streamer.has_stopped else interruption.reason or "length"
 
+    def _model_inputs(self, answer: Answer) -> dict[str, Any]:
+        """The whole prompt, and the tokens of those images that the key-value cache does not hold."""
+        device = self.predictor.model.device
+        input_ids = torch.tensor([answer.prompt.input_ids], device=device)
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        first = sum(end <= answer.num_cached_tokens for _, end in answer.prompt.image_spans)
+        features = self._image_features.of(answer.prompt.images[first:], answer.image_keys[first:])
+        if features:
+            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
+        return inputs
 
-class _Answer:
-    """One answer in the making: what its reader and the model's thread share.
-
-    It knows nothing of its reader, so that a reader who is gone is noticed.
-    """
-
-    def __init__(self, prompt: Prompt, options: GenerationOptions, max_seconds: float | None):
-        self.prompt = prompt
-        self.options = options
-        self.max_seconds = max_seconds
-        self.cancelled = threading.Event()
-        self.pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self.error: Exception | None = None
-        self.finish_reason: FinishReason = "cancelled"
-        self.num_tokens = 0
-        self.num_cached_tokens = 0
-        self.asked = time.monotonic()
-        self.started = self.first_token = self.last_token = 0.0
-        self.statistics: AnswerStatistics | None = None
-
-    def finish(self) -> None:
-        """Sum up, and tell the reader that there is no more."""
-        self.statistics = AnswerStatistics(
-            prompt_tokens=len(self.prompt.input_ids),
-            image_tokens=self.prompt.num_image_tokens,
-            cached_tokens=self.num_cached_tokens,
-            completion_tokens=self.num_tokens,
-            finish_reason=self.finish_reason,
-            waiting_seconds=self.started - self.asked,
-            first_token_seconds=self.first_token - self.started if self.num_tokens else 0.0,
-            seconds=self.last_token - self.started if self.num_tokens else 0.0,
-        )
-        self.pieces.put(None)
+    def _forget_all(self) -> bool:
+        """Give back the memory of earlier conversations; returns whether there were any."""
+        had_any = self._caches.clear() | self._image_features.clear()
+        gc.collect()
+        if self.predictor.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return had_any
 
 
-class LocalAnswerStream(AnswerStream):
-    """What a local engine hands to the reader of one answer; left alone it is closed."""
-
-    def __init__(self, answer: _Answer, work: Future):
-        self._answer = answer
-        self._work = work
-        self._has_ended = False
-
-    def __next__(self) -> str:
-        """Wait for the next piece of text; errors as the class says."""
-        piece = None if self._has_ended else self._answer.pieces.get()
-        if piece is not None:
-            return piece
-        self._has_ended = True
-        error, self._answer.error = self._answer.error, None
-        if error is not None:
-            raise error
-        raise StopIteration
-
-    def close(self) -> None:
-        """Stop the model and return when it has stopped."""
-        self._answer.cancelled.set()
-        self._has_ended = True
-        self._work.exception()  # waits; the answer holds its errors itself
-
-    @property
-    def statistics(self) -> AnswerStatistics:
-        """What the answer took; see `AnswerStream.statistics`."""
-        if self._answer.statistics is None:
-            raise RuntimeError("the answer has not come to its end; read it to the end or close it first")
-        return self._answer.statistics
-
-    def __del__(self) -> None:
-        self._answer.cancelled.set()
+def _make_caches(predictor: Predictor, settings: EngineSettings) -> ConversationCaches:
+    """Make what keeps key-value caches; errors as `LocalEngine`."""
+    model = predictor.model
+    config = model.config.get_text_config(decoder=True)
+    if settings.cache == "dynamic":
+        return DynamicCaches(config, max_conversations=settings.max_conversations, max_bytes=settings.max_cache_bytes)
+    if settings.compile and model.quantization is not None:
+        raise UserError(f"a language model in {model.quantization} cannot be compiled; load it without rounding")
+    max_length = settings.max_length or predictor.context_length
+    if max_length is None:
+        raise UserError("a static cache needs its length, and the language model names none: give max_length")
+    return StaticCaches(config, max_length=max_length, keeps_last=settings.max_conversations > 0)
 
 
-class _PieceStreamer(TextStreamer):
-    """Hands on whole words as they are finished, and counts tokens."""
-
-    def __init__(self, tokenizer: Any, answer: _Answer, stop_filter: StopStringFilter):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.answer = answer
-        self.filter = stop_filter
-        self.token_ids: list[int] = []
-
-    @property
-    def has_stopped(self) -> bool:
-        """Whether the model itself ended its answer; stop strings may be special tokens, which no text shows."""
-        if self.filter.has_stopped or self.token_ids[-1:] == [self.tokenizer.eos_token_id]:
-            return True
-        longest = max(map(len, self.filter.stop_strings), default=0)
-        tail = self.tokenizer.decode(self.token_ids[-longest:]) if longest else ""
-        return any(stop in tail for stop in self.filter.stop_strings)
-
-    def put(self, value: torch.Tensor) -> None:
-        """Take the prompt, then one token at a time."""
-        if not self.next_tokens_are_prompt:
-            self.answer.last_token = time.monotonic()
-            if self.answer.num_tokens == 0:
-                self.answer.first_token = self.answer.last_token
-            self.answer.num_tokens += 1
-            self.token_ids.append(int(value[-1]))
-        super().put(value)
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Pass text on to the reader, as far as it is no stop string."""
-        ready = self.filter.feed(text) + (self.filter.flush() if stream_end else "")
-        if ready:
-            self.answer.pieces.put(ready)
+def _compilation(settings: EngineSettings, device: torch.device) -> dict[str, Any]:
+    """What `generate` is told about compiling; by itself it compiles on GPUs wherever a cache is static."""
+    if not settings.compile:
+        return {"disable_compile": True}
+    config = CompileConfig(mode="default" if device.type == "cpu" else "reduce-overhead")
+    config._compile_all_devices = True
+    return {"compile_config": config}
 
 
-class _Interruption(StoppingCriteria):
-    """Ends an answer that its reader closed, whose time is over, or whose text has come to a stop string."""
-
-    def __init__(self, answer: _Answer, streamer: _PieceStreamer, deadline: float | None):
-        self.answer = answer
-        self.streamer = streamer
-        self.deadline = deadline
-        self.reason: FinishReason | None = None
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        if self.answer.cancelled.is_set():
-            self.reason = "cancelled"
-        elif self.deadline is not None and time.monotonic() >= self.deadline:
-            self.reason = "time_limit"
-        ends = self.reason is not None or self.streamer.filter.has_stopped
-        return torch.full((input_ids.shape[0],), ends, device=input_ids.device)
+def _is_out_of_memory(error: Exception) -> bool:
+    """PyTorch has an exception of its own for GPUs, and a message for the CPU."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    signs = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 @contextmanager

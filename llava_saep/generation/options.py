@@ -1,7 +1,7 @@
-"""How an answer is decoded: the values that every front end hands on."""
+"""How an answer is decoded, and how an engine goes about it: the values that every front end hands on."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from llava_saep.errors import UserError
 
@@ -42,3 +42,39 @@ class GenerationOptions:
         if self.temperature > 0:
             return {**kwargs, "do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
         return {**kwargs, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """What an engine keeps between answers, and how its model runs.
+
+    Args:
+        max_conversations: key-value caches of so many conversations are kept, to go on from; 0: every question is read
+            from its first token. (A static cache holds one, or none with 0.)
+        max_cache_bytes: of those caches together.
+        max_image_bytes: of the language model's tokens of images seen lately.
+        cache: "dynamic" grows with a conversation; "static" has the length of the model's context from the start,
+            as compiled code wants it.
+        compile: compile the model's decoding step, which takes a minute or so when the engine is made.
+        max_length: of a static cache, in tokens; None: the model's context.
+    """
+
+    max_conversations: int = 4
+    max_cache_bytes: int = 2 * 2**30
+    max_image_bytes: int = 2**28
+    cache: Literal["dynamic", "static"] = "dynamic"
+    compile: bool = False
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_conversations", "max_cache_bytes", "max_image_bytes"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.cache not in ("dynamic", "static"):
+            raise UserError(f"cache must be dynamic or static, got {self.cache!r}")
+        if self.compile and self.cache != "static":
+            raise UserError("compiled decoding needs a cache of a fixed length: add cache static")
+        if self.max_length is not None and self.cache != "static":
+            raise UserError("max_length is the length of a static cache; a dynamic one grows as it must")
+        if self.max_length is not None and self.max_length < 2:
+            raise UserError(f"max_length must be at least 2, got {self.max_length}")
