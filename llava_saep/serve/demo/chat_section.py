@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from llava_saep.errors import UserError
-from llava_saep.generation import GenerationOptions, LocalEngine
+from llava_saep.generation import GenerationOptions
 from llava_saep.serve.demo.conversation import Conversation
 from llava_saep.serve.demo.examples import write_examples
 from llava_saep.serve.demo.history import Visitor, new_token
-from llava_saep.serve.demo.model_view import what_the_model_sees
 from llava_saep.serve.demo.pictures import engine_messages
-from llava_saep.serve.demo.rows import ChatRows, chat_rows, from_chatbot
+from llava_saep.serve.demo.question_editor import QuestionEditor
+from llava_saep.serve.demo.rows import ChatRows, chat_rows
+from llava_saep.serve.demo.seen_panel import SeenPanel
 from llava_saep.serve.demo.services import ChatParts, DemoServices
 from llava_saep.serve.demo.text import as_html, told
 
@@ -65,6 +66,8 @@ class ChatSection:
         self.controls = controls
         self.chats = chats
         self.conversation = gr.State(Conversation.new)
+        self.editor = QuestionEditor(max_characters=services.settings.limits.max_prompt_characters)
+        self.seen = SeenPanel(services)
         self._build()
         self._connect()
 
@@ -86,7 +89,6 @@ class ChatSection:
             latex_delimiters=[],
             allow_tags=False,
             allow_file_downloads=False,
-            editable="user",
             buttons=["copy"],
             feedback_options=("Like", "Dislike"),
             placeholder=_EMPTY_CHAT,
@@ -106,10 +108,10 @@ class ChatSection:
         )
         with gr.Row(elem_id="chat-actions"):
             self.stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop", size="sm")
-            self.webcam_opener = gr.Checkbox(label="Camera", value=False, container=False, min_width=90)
-            self.seen_opener = gr.Checkbox(
-                label="Show what the model sees", value=False, container=False, min_width=200
-            )
+            self.editor.build_opener()
+            self.webcam_opener = gr.Checkbox(label="Camera", value=False, container=False, elem_id="webcam-opener")
+            self.seen.build_opener()
+        self.editor.build_panel(self.conversation)
         self.webcam = gr.Image(
             label="Take a picture; it goes with your next question",
             sources=["webcam"],
@@ -119,17 +121,7 @@ class ChatSection:
             height=320,
             elem_id="webcam",
         )
-        self.seen = gr.Gallery(
-            label="What the model sees of the last pictures",
-            visible=False,
-            columns=4,
-            height=280,
-            object_fit="contain",
-            interactive=False,
-            format="png",
-            buttons=["fullscreen"],
-            elem_id="seen",
-        )
+        self.seen.build_panel()
 
     def _connect(self) -> None:
         asking = [self.conversation, self.browser, self.model, *self.controls]
@@ -145,35 +137,26 @@ class ChatSection:
         answers = [
             self.question.submit(self.ask, [self.question, *asking], **writing),
             self.chatbot.retry(self.retry, asking, **writing),
-            self.chatbot.edit(self.edit, asking, **writing),
+            self.editor.submit.click(self.edit, [self.editor.place, self.editor.text, *asking], **writing),
         ]
-        for answer in answers:
-            answer.then(self.show_seen, [self.seen_opener, *asking[:3]], [self.seen], **_QUIET)
-        self.stop.click(self.services_stop, None, None, **_QUIET)
+        self.stop.click(self.stop_answer, None, None, **_QUIET)
         self.chatbot.undo(self.undo, asking[:2], shown, **_QUIET)
         self.chatbot.clear(self.start_anew, asking[:2], shown, **_QUIET)
         self.chats.new.click(self.start_anew, asking[:2], shown, **_QUIET)
-        self.chats.chats.input(self.open_chat, [self.chats.chats, *asking[:2]], shown, **_QUIET)
+        opened = self.chats.chats.input(self.open_chat, [self.chats.chats, *asking[:2]], shown, **_QUIET)
         self.chats.delete.click(self.delete_chat, asking[:2], shown, **_QUIET)
         self.chatbot.example_select(self.take_example, None, [self.question], **_QUIET)
         if self.services.feedback is not None:
             self.chatbot.like(self.note_opinion, asking[:2], [self.conversation], **_QUIET)
         self.webcam_opener.change(lambda is_open: gr.update(visible=is_open), self.webcam_opener, self.webcam, **_QUIET)
         self.webcam.input(self.add_photo, [self.question, self.webcam], [self.question, self.webcam], **_QUIET)
-        self.seen_opener.change(self.show_seen, [self.seen_opener, *asking[:3]], [self.seen], **_QUIET)
-        gr.on(
-            [self.chats.chats.input, self.chats.new.click, self.model.input],
-            self.show_seen,
-            [self.seen_opener, *asking[:3]],
-            [self.seen],
-            **_QUIET,
-        )
+        self.seen.connect(self.parts, *(answer.then for answer in answers), opened.then, self.model.input)
 
     def restore_on(self, page: gr.Blocks) -> None:
         """Bring the visitor's chats back when the page is loaded, and stop the model when it is left."""
         shown = [self.conversation, self.chatbot, self.question, self.stop, self.chats.chats, self.browser]
         page.load(self.restore, [self.browser], shown, **_QUIET)
-        page.unload(self.services_stop)
+        page.unload(self.stop_answer)
 
     # What the events do
 
@@ -224,6 +207,8 @@ class ChatSection:
 
     def edit(
         self,
+        place: int | None,
+        text: str | None,
         conversation: Conversation,
         browser: Any,
         model_id: str | None,
@@ -231,14 +216,12 @@ class ChatSection:
         temperature: float,
         top_p: float,
         max_new_tokens: float,
-        edited: gr.EditData,
         request: gr.Request,
     ) -> Iterator[list[Any]]:
         """Put other words into an earlier question, and go on from there."""
         browser, visitor = self._visitor(browser, request)
         try:
-            place = self._place_of(edited.index, conversation, visitor)
-            asked = conversation.with_edited_question(place, _edited_text(edited.value))
+            asked = conversation.with_edited_question(-1 if place is None else int(place), text or "")
         except Exception as error:  # every kind becomes a message
             gr.Warning(as_html(told(error)), title="Not changed")
             yield self._shown(conversation, visitor, browser)
@@ -318,20 +301,7 @@ class ChatSection:
         question = question or {}
         return [{"text": question.get("text") or "", "files": [*(question.get("files") or []), photo]}, None]
 
-    def show_seen(
-        self, is_open: bool, conversation: Conversation, browser: Any, model_id: str | None, request: gr.Request
-    ) -> Any:
-        """Show the last question's pictures as the model gets them."""
-        if not is_open:
-            return gr.update(visible=False, value=None)
-        try:
-            _, visitor = self._visitor(browser, request)
-            return gr.update(visible=True, value=self._seen(conversation, visitor, model_id))
-        except Exception as error:  # every kind becomes a message
-            gr.Warning(as_html(told(error)))
-            return gr.update(visible=False, value=None)
-
-    def services_stop(self, request: gr.Request) -> None:
+    def stop_answer(self, request: gr.Request) -> None:
         """Stop the answer that is being written for this page."""
         self.services.stop(request)
 
@@ -400,16 +370,6 @@ class ChatSection:
         """The system prompt, where the chosen model's template has a place for one."""
         return (system or "").strip() if self.services.catalog.engine(model_id).description.takes_system else ""
 
-    def _seen(self, conversation: Conversation, visitor: Visitor, model_id: str | None) -> list[tuple[Any, str]]:
-        engine = self.services.catalog.engine(model_id)
-        if not isinstance(engine, LocalEngine):
-            raise UserError("This model runs on another server, which does not tell what it sees.")
-        names = next((message.pictures for message in reversed(conversation.messages) if message.pictures), ())
-        pictures = [visitor.pictures.open(name) for name in names]
-        return [
-            tuple(seen) for picture in pictures for seen in what_the_model_sees(engine.predictor.processor, picture)
-        ]
-
     def _place_of(self, index: int | list[int] | tuple[int, ...], conversation: Conversation, visitor: Visitor) -> int:
         """The place in the conversation of a row of the chatbot, which the browser names."""
         row = index[0] if isinstance(index, (list, tuple)) else index
@@ -449,17 +409,6 @@ class ChatSection:
 
 def _chatbot(rows: ChatRows) -> dict[str, Any]:
     return gr.update(value=rows.rows, feedback_value=rows.opinions)
-
-
-def _edited_text(value: Any) -> str:
-    """The new words of a question, however the chatbot wraps them."""
-    if isinstance(value, str):
-        return from_chatbot(value)
-    if isinstance(value, dict) and isinstance(value.get("text"), str):
-        return value["text"]
-    if isinstance(value, list):
-        return "\n".join(_edited_text(part) for part in value)
-    raise UserError("The changed question holds no text.")
 
 
 _EMPTY_CHAT = "Ask a question about a picture, or try one of these."

@@ -33,6 +33,12 @@ class ChatMessage:
     liked: bool | None = None
 
 
+def shortened(text: str) -> str:
+    """The beginning of a text, on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= TITLE_CHARACTERS else line[: TITLE_CHARACTERS - 1].rstrip() + "…"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
     """Questions and answers in turn, of which the last question may wait for its answer."""
@@ -49,10 +55,13 @@ class Conversation:
     @property
     def title(self) -> str:
         """The beginning of the first question, on one line."""
-        first = next((" ".join(message.text.split()) for message in self.messages if message.text.strip()), "")
-        if len(first) > TITLE_CHARACTERS:
-            return first[: TITLE_CHARACTERS - 1].rstrip() + "…"
-        return first or ("Picture" if self.messages else "New chat")
+        first = next((message.text for message in self.messages if message.text.strip()), "")
+        return shortened(first) or ("Picture" if self.messages else "New chat")
+
+    @property
+    def questions(self) -> list[tuple[int, ChatMessage]]:
+        """All questions, with their places in the conversation."""
+        return [(index, message) for index, message in enumerate(self.messages) if message.role == "user"]
 
     @property
     def pictures(self) -> tuple[str, ...]:
@@ -82,10 +91,10 @@ class Conversation:
 
     def before_last_question(self) -> tuple["Conversation", ChatMessage | None]:
         """Take back the last question and what follows it; also return the question, None where there was none."""
-        places = [index for index, message in enumerate(self.messages) if message.role == "user"]
-        if not places:
+        if not self.questions:
             return self, None
-        return dataclasses.replace(self, messages=self.messages[: places[-1]]), self.messages[places[-1]]
+        place, question = self.questions[-1]
+        return dataclasses.replace(self, messages=self.messages[:place]), question
 
     def with_edited_question(self, index: int, text: str) -> "Conversation":
         """Put other words into an earlier question; what followed it is dropped, its pictures stay.

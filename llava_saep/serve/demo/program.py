@@ -2,7 +2,7 @@
 
 import argparse
 import logging
-import sys
+import signal
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -147,10 +147,20 @@ def serve(args: argparse.Namespace, catalog: ModelCatalog, accounts: dict[str, s
         )
         print(f"The page is at {address} (Ctrl-C ends it).", flush=True)
         try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            print("Ending.", file=sys.stderr)
+            wait_for_the_end()
         finally:
             services.stop_all()
             page.close(verbose=False)
             catalog.close()
+
+
+def wait_for_the_end() -> None:
+    """Return after Ctrl-C or SIGTERM, so that what is temporary goes in both cases."""
+    ended = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda number, frame: ended.set())
+    try:
+        ended.wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, before)

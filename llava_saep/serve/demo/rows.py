@@ -95,11 +95,6 @@ def _text(text: str) -> dict[str, Any]:
 def for_chatbot(text: str) -> str:
     """Escape what the chatbot would take for a tag or an entity; it renders HTML even where it renders no Markdown.
 
-    Nothing else is escaped, since copying and editing show the text as it is here.
+    Nothing else is escaped, since copying shows the text as it is here.
     """
     return _BEGINS_TAG.sub("&lt;", _BEGINS_ENTITY.sub("&amp;", text))
-
-
-def from_chatbot(text: str) -> str:
-    """Undo `for_chatbot`, for what comes back from the chatbot's editor."""
-    return text.replace("&lt;", "<").replace("&amp;", "&")

@@ -29,7 +29,9 @@ footer { display: none !important; }
 #chats input { position: absolute; opacity: 0; width: 0; }
 #chat-actions { align-items: center; gap: 20px; justify-content: flex-start; }
 #chat-actions > * { flex: 0 0 auto !important; width: auto !important; min-width: 0 !important; }
-#chat-actions .block { border: none; background: none; padding: 0; box-shadow: none; overflow: visible; }
+#chat-actions .block { border-width: 0 !important; background: none; padding: 0; box-shadow: none; }
+#chat .message img { max-height: 220px; width: auto; }
+#model input { text-overflow: ellipsis; padding-right: 26px; }
 """
 
 
@@ -42,6 +44,10 @@ def theme() -> gr.themes.Base:
         text_size=gr.themes.sizes.text_md,
         font=[gr.themes.Font(name) for name in _SANS],
         font_mono=[gr.themes.Font(name) for name in _MONO],
+    ).set(
+        # Gradio's own are too faint to read small numbers in.
+        body_text_color_subdued="*neutral_500",
+        body_text_color_subdued_dark="*neutral_400",
     )
 
 
