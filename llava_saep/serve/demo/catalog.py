@@ -23,6 +23,8 @@ from llava_saep.model.configuration_llava_saep import LlavaSaepConfig
 from llava_saep.model.hub import local_folder
 from llava_saep.model.loading import inspect_folder
 from llava_saep.model.modeling_llava_saep import LlavaSaepForConditionalGeneration
+from llava_saep.model.projector_selection import trusting_projector_code
+from llava_saep.serve.remote import UNKNOWN
 from projectors import ProjectorError
 
 logger = logging.getLogger(__name__)
@@ -42,7 +44,8 @@ class ModelEntry:
 
     Args:
         folder: None for a model that was handed over loaded.
-        tokens_per_image: of an image of the tower's own size; of one crop, where images are cut.
+        projector: UNKNOWN where a server does not tell it.
+        tokens_per_image: of an image of the tower's own size; of one crop, where images are cut; 0: unknown.
         weights_bytes: size of the weights files in the folder; a projector's or adapter's base lies elsewhere.
     """
 
@@ -55,8 +58,10 @@ class ModelEntry:
     @property
     def summary(self) -> str:
         """Name and what distinguishes it, on one line."""
-        size = f", {_readable(self.weights_bytes)}" if self.weights_bytes else ""
-        return f"{self.model_id} — {self.projector}, {self.tokens_per_image} tokens per image{size}"
+        facts = [self.projector] if self.projector != UNKNOWN else []
+        facts += [f"{self.tokens_per_image} tokens per image"] if self.tokens_per_image else []
+        facts += [_readable(self.weights_bytes)] if self.weights_bytes else []
+        return f"{self.model_id} — {', '.join(facts)}" if facts else self.model_id
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,15 @@ class ModelCatalog:
     def entries(self) -> list[ModelEntry]:
         """All models, loaded or not."""
         return list(self._entries.values())
+
+    @property
+    def can_look_inside(self) -> bool:
+        """Whether any model is, or can become, one of this process, whose pixels and attention can be shown."""
+        with self._lock:
+            engines = list(self._engines.values())
+        return any(entry.folder is not None for entry in self.entries) or any(
+            isinstance(engine, LocalEngine) for engine in engines
+        )
 
     @property
     def loaded_ids(self) -> list[str]:
@@ -192,8 +206,9 @@ class ModelCatalog:
         """
         device = torch.device(self._load_options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = self._load_options.get("dtype") or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        base = {"model_base": self._load_options.get("model_base")}
-        needed = weights_bytes(inspect_folder(entry.folder, **base).config, dtype)
+        with trusting_projector_code(self._load_options.get("trust_projector_code")):
+            config = inspect_folder(entry.folder, model_base=self._load_options.get("model_base")).config
+            needed = weights_bytes(config, dtype)
         for place in {torch.device("cpu"), device}:  # weights come to the processor's memory first
             free = available_memory(place)
             if free is not None and needed * _HEADROOM > free:
@@ -234,21 +249,25 @@ def _load_into(outcome: list, entry: ModelEntry, options: Mapping[str, Any]) -> 
     try:
         outcome.append(LocalEngine.from_pretrained(entry.folder, model_id=entry.model_id, **options))
     except Exception as error:  # handed to the waiting thread, which raises it
-        error.__traceback__ = None  # whose frames hold the tensors that were read
+        if _is_out_of_memory(error):
+            error = error.with_traceback(None)  # whose frames hold the tensors that were read
         outcome.append(error)
 
 
 def _as_told(error: Exception, entry: ModelEntry) -> Exception:
     """What the visitor is told: that the memory did not suffice, or the error as it is."""
-    is_out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
-    if not is_out_of_memory:
+    if not _is_out_of_memory(error):
         return error
     return UserError(
         f"The memory did not suffice for {entry.model_id}; it was not loaded, and all other models are as before. "
         "Unload one of them and try again."
     )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # PyTorch has no class of its own for the processor's memory.
+    is_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return is_cpu or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
 def _release_memory() -> None:

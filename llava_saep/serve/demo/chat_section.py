@@ -15,7 +15,6 @@ from llava_saep.generation import GenerationOptions
 from llava_saep.serve.demo.conversation import Conversation
 from llava_saep.serve.demo.examples import write_examples
 from llava_saep.serve.demo.history import Visitor, new_token
-from llava_saep.serve.demo.pictures import engine_messages
 from llava_saep.serve.demo.question_editor import QuestionEditor
 from llava_saep.serve.demo.rows import ChatRows, chat_rows
 from llava_saep.serve.demo.seen_panel import SeenPanel
@@ -230,14 +229,18 @@ class ChatSection:
         yield from self._answered(asked, conversation, visitor, browser, model_id, controls, request)
 
     def undo(self, conversation: Conversation, browser: Any, request: gr.Request) -> list[Any]:
-        """Take the last question and its answer back; its words return to the field."""
+        """Take the last question and its answer back; its words and pictures return to the field."""
         browser, visitor = self._visitor(browser, request)
         before, question = conversation.before_last_question()
-        if before.messages:
-            visitor.save(before)
-        else:
-            visitor.delete(before.chat_id)
-        return self._shown(before, visitor, browser, question={"text": question.text if question else "", "files": []})
+        if question is None:
+            return self._shown(conversation, visitor, browser)
+        try:
+            files = [str(visitor.pictures.as_upload(name)) for name in question.pictures]
+        except UserError as error:
+            gr.Warning(as_html(told(error)))
+            files = []
+        visitor.save(before) if before.messages else visitor.delete(before.chat_id)
+        return self._shown(before, visitor, browser, question={"text": question.text, "files": files})
 
     def start_anew(self, conversation: Conversation, browser: Any, request: gr.Request) -> list[Any]:
         """Begin another chat; the old one stays in the list."""
@@ -332,9 +335,10 @@ class ChatSection:
             )
             asked = dataclasses.replace(asked, system=self._system(system, model_id))
             yield self._writing(asked, visitor, text, clears_field=typed is not None)
-            for partial in self.services.answer(model_id, engine_messages(asked, visitor.pictures), options, request):
-                text, statistics = partial
-                yield self._writing(asked, visitor, text)
+            with self.services.decoded(asked, visitor) as messages:
+                for partial in self.services.answer(model_id, messages, options, request):
+                    text, statistics = partial
+                    yield self._writing(asked, visitor, text)
         except GeneratorExit:
             self._keep(asked, visitor, text, model_id, None)
             raise
@@ -402,7 +406,7 @@ class ChatSection:
             _chatbot(chat_rows(conversation, visitor.pictures)),
             field,
             gr.update(visible=False),
-            gr.update(choices=choices, value=shown),
+            gr.update(choices=choices, value=shown, visible=bool(choices)),
             {**browser, "chat": conversation.chat_id},
         ]
 

@@ -52,14 +52,14 @@ def launch(
 
     Args:
         page: of `build_page`.
-        port: 0 for any free one.
+        port: a free one.
         is_allowed: asked with name and password; None: nobody is asked.
     """
     limits = services.settings.limits
     page.queue(api_open=False, max_size=2 * (limits.max_queue + 1), default_concurrency_limit=4)
     _, address, _ = page.launch(
         server_name=host,
-        server_port=port or _free_port(host),
+        server_port=port,
         auth=is_allowed,
         share=False,
         inbrowser=opens_browser,
@@ -82,11 +82,3 @@ def launch(
         app_kwargs={"middleware": [Middleware(Protection, max_request_bytes=limits.max_request_bytes)]},
     )
     return address
-
-
-def _free_port(host: str) -> int:
-    import socket
-
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
-        listener.bind((host, 0))
-        return listener.getsockname()[1]

@@ -5,8 +5,10 @@ from typing import Any
 
 import gradio as gr
 
+from llava_saep.generation import ModelDescription
 from llava_saep.serve.demo.services import DemoServices
 from llava_saep.serve.demo.text import as_html, told
+from llava_saep.serve.remote import UNKNOWN
 
 _QUIET = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
 
@@ -91,11 +93,16 @@ class ModelsSection:
         entry = next((entry for entry in catalog.entries if entry.model_id == model_id), None)
         if entry is None:
             return "No model was found."
-        facts = [f"{entry.projector} projector", f"{entry.tokens_per_image} tokens per image"]
-        if self._is_loaded(model_id):
-            description = catalog.engine(model_id).description
-            facts += [f"{description.context_length:,} tokens of context"] if description.context_length else []
-            facts += [f"{description.dtype} on {description.device}", f"template {description.template}"]
-        else:
-            facts += ["not loaded"]
+        facts = [f"{entry.projector} projector"] if entry.projector != UNKNOWN else []
+        facts += [f"{entry.tokens_per_image} tokens per image"] if entry.tokens_per_image else []
+        facts += _facts_of_loaded(catalog.engine(model_id).description) if self._is_loaded(model_id) else ["not loaded"]
         return "<ul class='facts'>" + "".join(f"<li>{as_html(fact)}</li>" for fact in facts) + "</ul>"
+
+
+def _facts_of_loaded(description: ModelDescription) -> list[str]:
+    facts = [f"{description.context_length:,} tokens of context"] if description.context_length else []
+    if UNKNOWN not in (description.dtype, description.device):
+        facts.append(f"{description.dtype} on {description.device}")
+    if description.template != UNKNOWN:
+        facts.append(f"template {description.template}")
+    return facts or ["runs on another server"]

@@ -44,7 +44,7 @@ def build_page(services: DemoServices, *, storage_secret: str) -> gr.Blocks:
         with gr.Tabs(elem_id="sections"):
             with gr.Tab("Chat", id="chat"):
                 chat = ChatSection(services, browser=browser, model=models.model, controls=controls, chats=chats)
-            with gr.Tab("Look inside", id="inside") as inside:
+            with gr.Tab("Look inside", id="inside", visible=services.catalog.can_look_inside) as inside:
                 InsideSection(services, tab=inside, chat=chat.parts)
             with gr.Tab("Compare", id="compare") as compare:
                 CompareSection(services, tab=compare, chat=chat.parts, controls=controls)
@@ -56,7 +56,7 @@ def build_page(services: DemoServices, *, storage_secret: str) -> gr.Blocks:
 
 def _chats_list() -> ChatsList:
     new = gr.Button("New chat", elem_id="new-chat", size="sm")
-    chats = gr.Radio([], label="Chats", elem_id="chats", container=True)
+    chats = gr.Radio([], label="Chats", elem_id="chats", visible=False)
     delete = gr.Button("Delete this chat", elem_id="delete-chat", size="sm", variant="secondary")
     return ChatsList(new, chats, delete)
 

@@ -12,7 +12,7 @@ from PIL import Image
 from llava_saep.errors import UserError
 from llava_saep.serve.demo.conversation import Conversation
 from llava_saep.serve.limits import Limits
-from llava_saep.serve.untrusted import open_untrusted_image
+from llava_saep.serve.untrusted import open_untrusted_image, read_untrusted_size
 
 PREVIEW_SIDE = 768
 """Longer side of a picture in the chat, in pixels."""
@@ -81,6 +81,11 @@ class PictureStore:
         """Decode a picture to RGB; errors as `read`."""
         return open_untrusted_image(self.read(name), self.limits)
 
+    def num_pixels(self, name: str) -> int:
+        """Count a picture's pixels without decoding it; errors as `read`."""
+        height, width = read_untrusted_size(self.read(name), self.limits)
+        return height * width
+
     def preview(self, name: str) -> Path:
         """A WebP file of at most PREVIEW_SIDE pixels for the chat; errors as `read`."""
         path = self.previews / f"{name}.webp"
@@ -90,6 +95,15 @@ class PictureStore:
             file = io.BytesIO()
             image.save(file, format="WEBP", quality=90)
             write_privately(path, file.getvalue())
+        return path
+
+    def as_upload(self, name: str) -> Path:
+        """The picture as it was sent, in a file that the page may put into a field again; errors as `read`."""
+        data = self.read(name)
+        with Image.open(io.BytesIO(data)) as image:
+            path = self.previews / f"{name}.{(image.format or 'png').lower()}"
+        if not path.exists():
+            write_privately(path, data)
         return path
 
     def keep_only(self, names: set[str]) -> None:

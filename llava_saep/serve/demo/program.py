@@ -1,21 +1,27 @@
 """`llava-saep demo`: its flags, and what they start."""
 
 import argparse
+import dataclasses
 import logging
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from PIL import Image
+
 from llava_saep.errors import UserError
 from llava_saep.generation import GenerationOptions
+from llava_saep.model.projector_selection import trusting_projector_code
 from llava_saep.model.quantization import QuantizationConfig
 from llava_saep.program import AbbreviatingParser
-from llava_saep.serve.access import add_access_flags, check_access
+from llava_saep.serve.access import add_access_flags, bind_socket, check_access
 from llava_saep.serve.demo.accounts import hash_password, password_check, read_accounts
 from llava_saep.serve.demo.catalog import ModelCatalog, ModelEntry, describe_folder, find_models
 from llava_saep.serve.demo.settings import MAX_HISTORY_BYTES, DemoSettings
 from llava_saep.serve.limits import add_limit_flags, limits_from
+from llava_saep.serve.remote import Endpoint, read_api_key, remote_engines
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
     for names, text in (
         (("--model-path", "--model_path"), "folder that training wrote (--output_dir), or hub name; loaded at start"),
         (("--models-dir", "--models_dir"), "folder whose checkpoints are offered; they are loaded when asked for"),
+        (("--api",), "address of a server with OpenAI's protocol, such as llava-saep serve; its models are offered"),
+        (("--api-key-file", "--api_key_file"), "file with that server's key (or the variable LLAVA_SAEP_API_KEY)"),
         (("--model-base", "--model_base"), "language model of a projector or adapter, where that is not known"),
         (("--conv-mode", "--conv_mode"), "conversation template (default: the one that a model was trained with)"),
         (("--device",), "cpu, cuda, cuda:1, ... (default: a GPU where there is one)"),
@@ -81,6 +89,9 @@ def main(argv: Sequence[str], *, ask_password: Callable[[str], str]) -> int:
         return 0
     accounts = None if args.auth_file is None else read_accounts(args.auth_file)
     check_access(args, has_authentication=accounts is not None, how_to_authenticate="--auth-file FILE")
+    limits_from(args)
+    with bind_socket(args.host, args.port) as taken:  # a port in use is noticed before a model is loaded
+        args.port = taken.getsockname()[1]
     catalog = build_catalog(args)
     serve(args, catalog, accounts)
     return 0
@@ -92,23 +103,18 @@ def build_catalog(args: argparse.Namespace) -> ModelCatalog:
     Raises:
         UserError, ProjectorError: there is none, or it cannot be loaded.
     """
-    entries: list[ModelEntry] = []
-    if args.model_path is not None:
-        name = Path(args.model_path).name or args.model_path
-        entries.append(describe_folder(args.model_path, name, model_base=args.model_base))
-    if args.models_dir is not None:
-        skipped: list[str] = []
-        found = find_models(args.models_dir, on_skipped=lambda path, reason: skipped.append(f"{path}: {reason}"))
-        taken = {entry.folder.resolve() for entry in entries}
-        entries += [entry for entry in found if entry.folder.resolve() not in taken]
-        for line in skipped:
-            logger.debug("not offered: %s", line)
-        if skipped:
-            print(f"{len(skipped)} folders in {args.models_dir} have a config.json and are no models that load here.")
-    if not entries:
-        raise UserError("no model: give --model-path FOLDER, or --models-dir with a folder that holds checkpoints")
+    entries = _find_entries(args)
+    engines = {}
+    if args.api is not None:
+        engines = remote_engines(Endpoint(url=args.api, api_key=read_api_key(args.api_key_file)))
+    if not entries and not engines:
+        raise UserError(
+            "no model: give --model-path FOLDER, or --models-dir with a folder that holds checkpoints, or --api with "
+            "the address of a server"
+        )
     catalog = ModelCatalog(
         entries,
+        engines=engines,
         load_options={
             "device": args.device,
             "trust_projector_code": args.trust_projector_code,
@@ -122,17 +128,45 @@ def build_catalog(args: argparse.Namespace) -> ModelCatalog:
     return catalog
 
 
+def _find_entries(args: argparse.Namespace) -> list[ModelEntry]:
+    """The model of --model-path, then those of --models-dir."""
+    entries: list[ModelEntry] = []
+    with trusting_projector_code(args.trust_projector_code):
+        if args.model_path is not None:
+            name = Path(args.model_path).name or args.model_path
+            entries.append(describe_folder(args.model_path, name, model_base=args.model_base))
+        if args.models_dir is None:
+            return entries
+        skipped: list[str] = []
+        found = find_models(args.models_dir, on_skipped=lambda path, reason: skipped.append(f"{path}: {reason}"))
+    for line in skipped:
+        logger.debug("not offered: %s", line)
+    if skipped:
+        print(f"{len(skipped)} folders in {args.models_dir} have a config.json and are no models that load here.")
+    given = {entry.folder.resolve() for entry in entries}
+    names = {entry.model_id for entry in entries}
+    for entry in found:
+        if entry.folder.resolve() not in given:
+            is_taken = entry.model_id in names
+            entries.append(dataclasses.replace(entry, model_id=str(entry.folder)) if is_taken else entry)
+    return entries
+
+
 def serve(args: argparse.Namespace, catalog: ModelCatalog, accounts: dict[str, str] | None) -> None:
     """Build the page and serve it until Ctrl-C."""
     from llava_saep.serve.demo.launching import launch, storage_secret, working_folder
     from llava_saep.serve.demo.page import build_page
     from llava_saep.serve.demo.services import DemoServices
 
+    limits = limits_from(args)
+    # Pillow refuses what has more than twice this. It guards what opens pictures besides this package's own code.
+    Image.MAX_IMAGE_PIXELS = limits.max_image_pixels // 2
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     history_folder = None if args.history_dir is None else Path(args.history_dir)
     with working_folder() as folder:
         settings = DemoSettings(
             working_folder=folder,
-            limits=limits_from(args),
+            limits=limits,
             options=GenerationOptions(temperature=args.temperature, top_p=args.top_p),
             history_folder=history_folder,
             max_history_bytes=args.max_history_bytes,

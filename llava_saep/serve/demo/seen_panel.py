@@ -22,7 +22,13 @@ class SeenPanel:
 
     def build_opener(self) -> None:
         """Make the switch."""
-        self.opener = gr.Checkbox(label="What the model sees", value=False, container=False, elem_id="seen-opener")
+        self.opener = gr.Checkbox(
+            label="What the model sees",
+            value=False,
+            container=False,
+            visible=self.services.catalog.can_look_inside,
+            elem_id="seen-opener",
+        )
 
     def build_panel(self) -> None:
         """Make the gallery, closed."""

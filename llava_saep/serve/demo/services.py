@@ -15,8 +15,10 @@ from llava_saep.generation import AnswerStatistics, AnswerStream, GenerationOpti
 from llava_saep.generation.attention_maps import AttentionMaps, attention_maps
 from llava_saep.generation.messages import Message
 from llava_saep.serve.demo.catalog import ModelCatalog
+from llava_saep.serve.demo.conversation import Conversation
 from llava_saep.serve.demo.feedback import FeedbackFile
 from llava_saep.serve.demo.history import History, Visitor, is_token, new_token
+from llava_saep.serve.demo.pictures import engine_messages
 from llava_saep.serve.demo.settings import DemoSettings
 from llava_saep.serve.limits import check_conversation
 from llava_saep.serve.rate import RequestRate
@@ -66,6 +68,7 @@ class DemoServices:
         self._rate = RequestRate(settings.limits.max_requests_per_minute)
         self._running: dict[str, list[AnswerStream]] = {}
         self._num_running = 0
+        self._pixels_in_memory = 0
         self._lock = threading.Lock()
 
     def visitor(self, browser: Any, request: gr.Request) -> Visitor:
@@ -117,6 +120,27 @@ class DemoServices:
             if not isinstance(engine, LocalEngine):
                 raise UserError(f"{model_id} runs on another server, which lets nobody look inside.")
             return engine.use_model(lambda predictor: attention_maps(predictor, messages, answer))
+
+    @contextmanager
+    def decoded(self, conversation: Conversation, visitor: Visitor) -> Iterator[list[Message]]:
+        """The conversation as an engine takes it; its pictures count as held in memory inside the block.
+
+        Raises:
+            UserError: the pictures of all questions would be too many, or one has been removed.
+        """
+        num_pixels = sum(visitor.pictures.num_pixels(name) for name in conversation.pictures)
+        with self._lock:
+            if self._pixels_in_memory + num_pixels > self.settings.limits.max_pixels_in_memory:
+                raise UserError(
+                    "The pictures of all questions that are being answered fill the server's memory; ask again in a "
+                    "moment, or with smaller pictures."
+                )
+            self._pixels_in_memory += num_pixels
+        try:
+            yield engine_messages(conversation, visitor.pictures)
+        finally:
+            with self._lock:
+                self._pixels_in_memory -= num_pixels
 
     def stop(self, request: gr.Request) -> None:
         """Stop the answers that are being written for a session."""

@@ -14,7 +14,7 @@ footer { display: none !important; }
 #model-card ul { margin: 0; padding: 0; list-style: none; font-size: var(--text-sm); }
 #model-card li { margin: 0; line-height: 1.6; list-style: none; color: var(--body-text-color-subdued); }
 #model-card progress { width: 100%; accent-color: var(--primary-500); }
-#chat .message { white-space: pre-wrap; overflow-wrap: anywhere; }
+#chat .message-content > span { white-space: pre-wrap; overflow-wrap: anywhere; }
 /* The numbers under an answer, which are its second row. */
 #chat .bot .message + .message .message-content, #chat .bot .message + .message .message-content span {
   font-size: var(--text-xs) !important; color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums;
@@ -29,7 +29,8 @@ footer { display: none !important; }
 #chats input { position: absolute; opacity: 0; width: 0; }
 #chat-actions { align-items: center; gap: 20px; justify-content: flex-start; }
 #chat-actions > * { flex: 0 0 auto !important; width: auto !important; min-width: 0 !important; }
-#chat-actions .block { border-width: 0 !important; background: none; padding: 0; box-shadow: none; }
+#chat-actions .block { border-width: 0 !important; background: none; padding: 0; margin: 0; }
+#seen .caption-label { white-space: normal; max-width: 100%; }
 #chat .message img { max-height: 220px; width: auto; }
 #model input { text-overflow: ellipsis; padding-right: 26px; }
 """
