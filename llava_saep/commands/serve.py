@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from llava_saep.errors import UserError
 from llava_saep.program import AbbreviatingParser
 from llava_saep.serve.access import add_access_flags, bind_socket, check_access, is_loopback
-from llava_saep.serve.limits import add_limit_flags, limits_from
+from llava_saep.serve.limits import Limits, add_limit_flags, limits_from
+from llava_saep.serve.replica_settings import ReplicaSettings, add_replica_flags, replica_settings_from
 
 if TYPE_CHECKING:
     from llava_saep.generation import Engine
@@ -42,6 +43,7 @@ def build_parser() -> AbbreviatingParser:
     add_access_flags(parser, port=DEFAULT_PORT)
     _add_api_flags(parser)
     add_limit_flags(parser)
+    add_replica_flags(parser)
     return parser
 
 
@@ -100,10 +102,12 @@ def main(argv: Sequence[str]) -> int:
     """
     args = build_parser().parse_args(argv)
     paths = name_models(args.model_path)
-    settings = _settings(args)
+    limits = limits_from(args)
+    replicas = replica_settings_from(args, max_queue=limits.max_queue)
+    settings = _settings(args, limits, replicas)
     proxies = parse_proxies(args.trusted_proxies)
     with bind_socket(args.host, args.port) as bound:
-        _serve(args, paths, settings, proxies, bound)
+        _serve(args, paths, settings, replicas, proxies, bound)
     return 0
 
 
@@ -122,16 +126,17 @@ def name_models(folders: Sequence[str]) -> dict[str, str]:
     return paths
 
 
-def _settings(args: argparse.Namespace) -> "ApiSettings":
+def _settings(args: argparse.Namespace, limits: Limits, replicas: ReplicaSettings | None) -> "ApiSettings":
     from llava_saep.serve.api import ApiSettings, read_api_keys
 
     keys = read_api_keys(args.api_key_file)
     check_access(args, has_authentication=bool(keys), how_to_authenticate="--api-key-file FILE")
     return ApiSettings(
-        limits=limits_from(args),
+        limits=limits,
         keys=keys,
         local_names_only=not keys and is_loopback(args.host),
         allowed_image_hosts=parse_image_hosts(args.allowed_image_hosts),
+        answers_at_once=1 if replicas is None else replicas.most_replicas,
     )
 
 
@@ -139,6 +144,7 @@ def _serve(
     args: argparse.Namespace,
     paths: Mapping[str, str],
     settings: "ApiSettings",
+    replicas: ReplicaSettings | None,
     proxies: Sequence[str],
     bound: socket.socket,
 ) -> None:
@@ -146,7 +152,7 @@ def _serve(
     from llava_saep.serve.api.server import build_server, run_server
 
     _check_folders(args)
-    with _loaded(args, paths) as engines:
+    with _loaded(args, paths, replicas) as engines:
         server = build_server(create_app(engines, settings), trusted_proxies=proxies)
         host, port = bound.getsockname()[:2]
         print(introduction(engines, host, port, needs_key=bool(settings.keys)), flush=True)
@@ -154,24 +160,28 @@ def _serve(
 
 
 @contextmanager
-def _loaded(args: argparse.Namespace, paths: Mapping[str, str]) -> "Iterator[dict[str, Engine]]":
-    """Load the models in this process, by their names."""
+def _loaded(
+    args: argparse.Namespace, paths: Mapping[str, str], replicas: ReplicaSettings | None
+) -> "Iterator[Mapping[str, Engine]]":
+    """Load the models by their names, in this process or in replicas."""
     from llava_saep.generation import LocalEngine
     from llava_saep.model.quantization import QuantizationConfig
+    from llava_saep.serve.deployment import deployed
 
-    quantization = QuantizationConfig.for_loading(load_4bit=args.load_4bit, load_8bit=args.load_8bit)
+    arguments = {
+        "device": args.device,
+        "trust_projector_code": args.trust_projector_code,
+        "quantization": QuantizationConfig.for_loading(load_4bit=args.load_4bit, load_8bit=args.load_8bit),
+        "model_base": args.model_base,
+        "template": args.conv_mode,
+    }
     with ExitStack() as loaded:
+        if replicas is not None:
+            yield loaded.enter_context(deployed(paths, replicas, **arguments))
+            return
         engines: dict[str, Engine] = {}
         for name, path in paths.items():
-            engines[name] = LocalEngine.from_pretrained(
-                path,
-                model_id=name,
-                device=args.device,
-                trust_projector_code=args.trust_projector_code,
-                quantization=quantization,
-                model_base=args.model_base,
-                template=args.conv_mode,
-            )
+            engines[name] = LocalEngine.from_pretrained(path, model_id=name, **arguments)
             loaded.callback(engines[name].close)
         yield engines
 

@@ -23,10 +23,12 @@ def test_flags_change_only_on_purpose():
     """A frozen list: people's scripts depend on these names."""
     flags = {flag for action in build_parser()._actions for flag in action.option_strings if "_" not in flag}
     assert " ".join(sorted(flag.removeprefix("--") for flag in flags - {"-h", "--help"})) == (
-        "allow-unauthenticated-network-access allowed-image-hosts api-key-file conv-mode device host load-4bit "
-        "load-8bit max-generation-seconds max-image-bytes max-image-pixels max-images max-images-per-message "
-        "max-messages max-new-tokens max-pixels-in-memory max-prompt-characters max-queue max-request-bytes "
-        "max-requests-per-minute model-base model-path port trust-projector-code trusted-proxies"
+        "allow-unauthenticated-network-access allowed-image-hosts api-key-file conv-mode device "
+        "downscale-delay-seconds host load-4bit load-8bit max-generation-seconds max-image-bytes max-image-pixels "
+        "max-images max-images-per-message max-messages max-new-tokens max-ongoing-requests max-pixels-in-memory "
+        "max-prompt-characters max-queue max-replicas max-request-bytes max-requests-per-minute model-base "
+        "model-path num-cpus-per-replica num-gpus-per-replica port replicas trust-projector-code trusted-proxies "
+        "upscale-delay-seconds"
     )
 
 
@@ -51,6 +53,7 @@ def loading_fails_the_test(monkeypatch):
         ("--host 0.0.0.0", "--allow-unauthenticated-network-access"),
         ("--port 99999", "expected 1 to 65535"),
         ("--api-key-file /nowhere/keys", "--api-key-file /nowhere/keys: cannot be read"),
+        ("--max-replicas 2", "--max-replicas is for several replicas; add --replicas N"),
         ("--max-queue -1", "--max-queue must be at least 0"),
         ("--trusted-proxies proxy.example", "'proxy.example' is no address"),
         ("--allowed-image-hosts https://a.example/", "'https://a.example/' is no host name"),

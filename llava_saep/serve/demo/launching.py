@@ -46,6 +46,7 @@ def launch(
     host: str,
     port: int,
     is_allowed: Callable[[str, str], Awaitable[bool]] | None,
+    root_path: str = "",
     opens_browser: bool = False,
 ) -> str:
     """Serve the page in threads of its own, and return its address.
@@ -54,6 +55,7 @@ def launch(
         page: of `build_page`.
         port: a free one.
         is_allowed: asked with name and password; None: nobody is asked.
+        root_path: where a proxy shows the page, where that is not its root.
     """
     limits = services.settings.limits
     page.queue(api_open=False, max_size=2 * (limits.max_queue + 1), default_concurrency_limit=4)
@@ -61,6 +63,7 @@ def launch(
         server_name=host,
         server_port=port,
         auth=is_allowed,
+        root_path=root_path or None,
         share=False,
         inbrowser=opens_browser,
         prevent_thread_lock=True,

@@ -59,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_flag(
         "hash-password", action="store_true", help="ask for a password, print its line for --auth-file, end"
     )
+    parser.add_flag("root-path", default="", help="path of the page behind a proxy that takes it off, such as /demo")
     parser.add_flag("open-browser", action="store_true", help="open the page in this machine's browser")
     add_limit_flags(parser)
     return parser
@@ -177,7 +178,13 @@ def serve(args: argparse.Namespace, catalog: ModelCatalog, accounts: dict[str, s
         page = build_page(services, storage_secret=storage_secret(history_folder))
         is_allowed = None if accounts is None else password_check(accounts)
         address = launch(
-            page, services, host=args.host, port=args.port, is_allowed=is_allowed, opens_browser=args.open_browser
+            page,
+            services,
+            host=args.host,
+            port=args.port,
+            root_path=args.root_path,
+            is_allowed=is_allowed,
+            opens_browser=args.open_browser,
         )
         print(f"The page is at {address} (Ctrl-C ends it).", flush=True)
         try:

@@ -267,3 +267,17 @@ def test_image_in_a_format_that_servers_do_not_take_is_sent_as_png(tmp_path):
     Image.new("CMYK", (4, 4)).save(tmp_path / "scan.tiff")
     url = image_data_url(tmp_path / "scan.tiff")
     assert Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,")))).mode == "RGB"
+
+
+def test_demo_offers_the_models_of_a_server(server):
+    from llava_saep.serve.demo.program import build_catalog, build_parser
+
+    server.models = [MODEL, {"id": "other"}]
+    catalog = build_catalog(build_parser().parse_args(["--api", server.url]))
+    assert catalog.loaded_ids == ["tiny", "other"]
+    assert "".join(catalog.engine("tiny").stream(QUESTION)) == "hello there"
+    with pytest.raises(UserError, match="runs elsewhere"):
+        catalog.unload("tiny")
+    catalog.close()
+    with pytest.raises(UserError, match="no model: give .* --api"):
+        build_catalog(build_parser().parse_args([]))
