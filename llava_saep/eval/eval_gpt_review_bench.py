@@ -97,12 +97,12 @@ def review_requests(program: ReviewProgram, arguments: argparse.Namespace) -> li
     questions = read_task_questions(Path(arguments.question).expanduser(), Path())
     references, answers = (_answer_all(questions, Path(name).expanduser()) for name in arguments.answer_list)
     contexts = None if program.read_contexts is None else program.read_contexts(Path(arguments.context).expanduser())
-    rules = program.built_in_rules if arguments.rule is None else read_rules(Path(arguments.rule).expanduser())
+    rules = _chosen_rules(program, arguments.rule)
     requests = []
     for number, (question, reference, answer) in enumerate(zip(questions, references, answers, strict=True), 1):
         category = program.category_prefix + question.category
         context = "" if contexts is None else _context_of(question, contexts, arguments.context)
-        rule = _rule_of(category, rules or {}, program)
+        rule = _rule_of(category, rules, program)
         requests.append(
             JudgeRequest(
                 question_id=question.question_id,
@@ -114,6 +114,18 @@ def review_requests(program: ReviewProgram, arguments: argparse.Namespace) -> li
             )
         )
     return requests
+
+
+def _chosen_rules(program: ReviewProgram, rule_file: str | None) -> Rules:
+    path = None if rule_file is None else Path(rule_file).expanduser()
+    if program.built_in_rules is None or (path is not None and not _is_llavas_own(path)):
+        return read_rules(path or Path())
+    return program.built_in_rules
+
+
+def _is_llavas_own(path: Path) -> bool:
+    """Whether LLaVA's script names the file that it has in its repository, whose instructions are built in here."""
+    return path.parts[-3:] == ("eval", "table", "rule.json") and not path.exists()
 
 
 def _answer_all(questions: Sequence[TaskQuestion], path: Path) -> list[Any]:

@@ -89,6 +89,15 @@ def test_the_judge_is_asked_as_llava_asks_and_its_reviews_are_llavas(places, cap
     assert "1 of 3 reviews have no points and are left out" in said.err
 
 
+def test_llavas_own_rule_file_need_not_be_there(places, tmp_path):
+    """Its script names the file in its repository, and what stands there is built in; another file must exist."""
+    with fake_judge(*["5 5"] * 3) as (url, requests):
+        run(eval_gpt_review_bench, {**places, "--rule": ["llava_saep/eval/table/rule.json"]}, url)
+    assert "[System]\nWe would like" in requests[0]["messages"][1]["content"]
+    with pytest.raises(UserError, match="mine.json: no such file"):
+        run(eval_gpt_review_bench, {**places, "--rule": [tmp_path / "mine.json"]}, url)
+
+
 def test_a_second_run_asks_for_changed_answers_alone(places):
     with fake_judge(*["5 5"] * 4) as (url, requests):
         first = run(eval_gpt_review_bench, places, url)

@@ -1,5 +1,6 @@
 """LLaVA's scorers and converters under their names: the same lines and files as theirs, for the same input."""
 
+import importlib
 import importlib.util
 import json
 import re
@@ -235,3 +236,26 @@ def test_programs_run_by_their_path_and_end_with_one_sentence(path, tmp_path):
     run = subprocess.run([sys.executable, ROOT / path, *arguments], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 2, run.stderr
     assert run.stderr.strip().endswith("absent.jsonl: no such answer file")
+
+
+# Of scripts/v1_5/eval: what follows each program there.
+PUBLISHED = {
+    "model_vqa_mmbench": "--model-path liuhaotian/llava-v1.5-13b --question-file mmbench_dev_20230712.tsv "
+    "--answers-file answers/llava-v1.5-13b.jsonl --lang cn --single-pred-prompt --temperature 0 --conv-mode vicuna_v1",
+    "model_vqa_science": "--model-path liuhaotian/llava-v1.5-13b --question-file llava_test_CQM-A.json "
+    "--image-folder scienceqa/images/test --answers-file a.jsonl --single-pred-prompt --temperature 0 "
+    "--conv-mode vicuna_v1",
+    "eval_science_qa": "--base-dir scienceqa --result-file a.jsonl --output-file o.jsonl --output-result r.json",
+    "eval_pope": "--annotation-dir pope/coco --question-file llava_pope_test.jsonl --result-file a.jsonl",
+    "eval_textvqa": "--annotation-file TextVQA_0.5.1_val.json --result-file a.jsonl",
+    "summarize_gpt_review": "-f reviews/llava-v1.5-13b.jsonl",
+    "eval_gpt_review_bench": "--question questions.jsonl --context context.jsonl --rule llava/eval/table/rule.json "
+    "--answer-list answers_gpt4.jsonl answers/llava-v1.5-13b.jsonl --output reviews/llava-v1.5-13b.jsonl",
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_argument_lists_of_llavas_scripts_are_understood(name):
+    module = importlib.import_module(f"llava_saep.eval.{name}")
+    parser = module.build_parser(module.BENCH) if name == "eval_gpt_review_bench" else module.build_parser()
+    parser.parse_args(PUBLISHED[name].split())
