@@ -235,7 +235,7 @@ def test_programs_run_by_their_path_and_end_with_one_sentence(path, tmp_path):
         arguments = flags(src=tmp_path / "absent.jsonl", dst=tmp_path / "out.json")
     run = subprocess.run([sys.executable, ROOT / path, *arguments], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 2, run.stderr
-    assert run.stderr.strip().endswith("absent.jsonl: no such answer file")
+    assert run.stderr.strip().endswith("absent.jsonl: no such file of answers")
 
 
 # Of scripts/v1_5/eval: what follows each program there.
