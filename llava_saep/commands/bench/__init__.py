@@ -8,6 +8,7 @@ from llava_saep.errors import UserError
 SUBCOMMANDS = {
     "packing": "what padding costs by the way of batching, and attention over one row of many conversations",
     "training": "training steps side by side with transformers' own Llava under its own Trainer",
+    "generation": "time to the first token with and without earlier turns, and tokens per second",
     "faults": "whether a run that is killed, stopped or short of disk goes on with nothing lost",
 }
 """Modules of this package."""

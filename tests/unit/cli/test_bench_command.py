@@ -13,7 +13,7 @@ TINY = "bench training --preset tiny --device cpu --batch_size 2 --max_text_toke
 
 def test_without_a_subcommand_the_known_ones_are_named(capsys):
     assert main(["bench"]) == 2
-    assert "expected one of packing, training" in capsys.readouterr().err
+    assert "expected one of packing, training, generation" in capsys.readouterr().err
     assert main(["bench", "--help"]) == 0
     assert "training" in capsys.readouterr().out
 
