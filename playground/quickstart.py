@@ -308,26 +308,32 @@ def check_projector(job: Job) -> None:
 
 
 def prepare_data(job: Job) -> None:
-    """Generate the data set, or say that it is there already. A folder without dataset.json is never a finished one."""
-    if (job.data_dir / DATASET_FILE).is_file():
+    """Generate the data set, or say that it is there already."""
+    if make_dataset(job.data_dir, dataset_facts(job)):
+        print(f"written to {job.data_dir}")
+    else:
         print(f"{job.data_dir} is there already: reused.")
-        return
+
+
+def make_dataset(folder: Path, facts: Mapping[str, Any]) -> bool:
+    """Generate a data set unless it is there; False: it is. A folder without dataset.json is never a finished one.
+
+    Args:
+        folder: new, empty, or a data set's with these facts.
+        facts: what `write_dataset` is told.
+    """
+    if (folder / DATASET_FILE).is_file():
+        return False
     from playground.spatial_scenes.writing import write_dataset
 
-    unfinished = job.data_dir.with_name(job.data_dir.name + ".unfinished")
+    unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    write_dataset(
-        unfinished,
-        world=job.world,
-        num_train=job.settings.num_train_images,
-        num_held_out=job.settings.num_held_out_images,
-        seed=job.seed,
-    )
-    write_json(unfinished / DATASET_FILE, dataset_facts(job))
-    if job.data_dir.is_dir():
-        job.data_dir.rmdir()  # check_job has found it empty
-    unfinished.rename(job.data_dir)
-    print(f"written to {job.data_dir}")
+    write_dataset(unfinished, **{name.removesuffix("_images"): value for name, value in facts.items()})
+    write_json(unfinished / DATASET_FILE, facts)
+    if folder.is_dir():
+        folder.rmdir()
+    unfinished.rename(folder)
+    return True
 
 
 def prepare_output_dir(job: Job) -> None:
@@ -367,22 +373,29 @@ def common_flags(job: Job, stage: str, num_steps: int, learning_rate: float) -> 
         "image_folder": job.data_dir / "train" / "images",
         "output_dir": job.output_dir / stage,
         "per_device_train_batch_size": job.settings.global_batch_size // job.num_processes,
-        "max_steps": num_steps,
-        "learning_rate": learning_rate,
-        "warmup_steps": job.settings.warmup_share,
-        "lr_scheduler_type": "cosine",
-        "weight_decay": 0,
-        "model_max_length": job.settings.max_length,
-        "save_strategy": "no",
-        "logging_steps": max(1, num_steps // 20),
+        **schedule_flags(job.settings, num_steps, learning_rate),
         "seed": job.seed,
-        "report_to": "none",
     }
     if job.projector_options:
         flags["mm_projector_options"] = job.projector_options
     if job.on_gpu:
         flags["bf16" if _gpu_knows_bf16() else "fp16"] = True
     return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+
+
+def schedule_flags(settings: Settings, num_steps: int, learning_rate: float) -> dict[str, Any]:
+    """How long and how fast a stage learns, and what it writes: the same for whoever trains on this data."""
+    return {
+        "max_steps": num_steps,
+        "learning_rate": learning_rate,
+        "warmup_steps": settings.warmup_share,
+        "lr_scheduler_type": "cosine",
+        "weight_decay": 0,
+        "model_max_length": settings.max_length,
+        "save_strategy": "no",
+        "logging_steps": max(1, num_steps // 20),
+        "report_to": "none",
+    }
 
 
 class StageFailed(RuntimeError):
