@@ -1,0 +1,84 @@
+"""The flags of `llava-saep compare`."""
+
+import argparse
+
+from llava_saep.errors import UserError
+from llava_saep.evaluation.tasks._base import DATA_ROOT
+from llava_saep.program import AbbreviatingParser
+
+DEFAULT_WORLD, DEFAULT_BUDGET = "free", "standard"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of `llava-saep compare`."""
+    made = AbbreviatingParser(
+        prog="llava-saep compare",
+        description="Train projectors with the same recipe, seeds and budget and ask them the same questions, or ask "
+        "trained models; write report.html, report.md and results.json. The same command goes on where a killed one "
+        "was, and tries again what failed; more projectors or seeds can be added to a folder.",
+    )
+    made.add_flag("output-dir", required=True, help="folder of this comparison: data, runs and report")
+    _add_training_flags(made.add_argument_group("projectors that are trained"))
+    _add_model_flags(made.add_argument_group("models that are trained already"))
+    both = made.add_argument_group("both")
+    both.add_argument("--reference", help="what the others are compared with in pairs (default: the first one)")
+    both.add_argument("--jobs", type=int, help="runs at once (default: as many as cores; 1 on a GPU, or of models)")
+    both.add_argument("--threads", type=int, default=1, help="of each run on a processor (default 1)")
+    both.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    return made
+
+
+def _add_training_flags(group) -> None:
+    group.add_argument("--projectors", help="as in saep,saep(stride=1),mlp2x_gelu: names, options in brackets")
+    group.add_argument("--seeds", type=int, default=3, help="runs of each projector, seeds 0 to N-1 (default 3)")
+    group.add_argument("--budget", help=f"quick, standard, full, or stage 2's number of steps ({DEFAULT_BUDGET})")
+    group.add_argument("--world", choices=("cells", "free"), help=f"of the embedded scenes (default: {DEFAULT_WORLD})")
+    group.add_argument("--recipe", metavar="FILE", help="train this in place of the embedded job (JSON)")
+
+
+def _add_model_flags(group) -> None:
+    _add_flag(group, "model-path", nargs="+", metavar="FOLDER", help="saved models of any format")
+    _add_flag(group, "question-file", help="one JSON object per line, with `answer`")
+    _add_flag(group, "image-folder", help="default: images/ beside the question file, or else the folder that it is in")
+    _add_flag(group, "task", help="benchmarks in place of a question file, as in `llava-saep eval`: pope,gqa")
+    _add_flag(group, "data-dir", default=str(DATA_ROOT), help="LLaVA's evaluation folders (default: %(default)s)")
+    _add_flag(group, "limit", type=int, help="only the first questions of each benchmark, to try things out")
+    _add_flag(group, "batch-size", type=int, default=32, help="default %(default)s")
+    _add_flag(group, "max-new-tokens", type=int, help="default: what the benchmark allows; 64 for a question file")
+    _add_flag(group, "trust-projector-code", action="store_true", help="as in `llava-saep eval`")
+
+
+def _add_flag(group, name: str, **kwargs) -> None:
+    group.add_argument(f"--{name}", f"--{name.replace('-', '_')}", **kwargs)
+
+
+def check_flags(arguments: argparse.Namespace) -> None:
+    """Refuse flags that contradict each other or are out of range.
+
+    Raises:
+        UserError: with the flags as they were given.
+    """
+    if bool(arguments.projectors) == bool(arguments.model_path):
+        raise UserError("name either --projectors NAMES, which are trained, or --model-path FOLDERS, which are not")
+    of_training = {"--recipe": arguments.recipe, "--world": arguments.world, "--budget": arguments.budget}
+    given = [flag for flag, value in of_training.items() if value is not None]
+    if arguments.model_path and given:
+        raise UserError(f"{given[0]} says how to train, and --model-path names what is trained already")
+    if arguments.recipe and len(given) > 1:
+        raise UserError(f"{given[1]} belongs to the embedded job; with --recipe the recipe says it")
+    _check_questions(arguments)
+    for flag in ("seeds", "jobs", "threads", "batch_size", "max_new_tokens", "limit"):
+        value = getattr(arguments, flag)
+        if value is not None and value < 1:
+            raise UserError(f"--{flag.replace('_', '-')} must be at least 1, got {value}")
+
+
+def _check_questions(arguments: argparse.Namespace) -> None:
+    what = {"--question-file": arguments.question_file, "--task": arguments.task}
+    given = [flag for flag, value in what.items() if value is not None]
+    if arguments.model_path and len(given) != 1:
+        raise UserError("--model-path needs either --question-file or --task")
+    if arguments.projectors and given:
+        raise UserError(f"{given[0]} belongs to --model-path; with --projectors the recipe names the questions")
+    if arguments.task is None and arguments.limit is not None:
+        raise UserError("--limit is for benchmarks (--task)")

@@ -1,0 +1,304 @@
+"""The HTML page of a comparison: one file, no scripts, nothing fetched from anywhere."""
+
+import base64
+import io
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from llava_saep.evaluation.comparison import charts
+from llava_saep.evaluation.comparison.results import Curve, Disagreement, Entry, Results, disagreements
+from llava_saep.evaluation.comparison.statistics import Interval
+from llava_saep.evaluation.comparison.tables import (
+    Table,
+    accuracy_table,
+    benchmark_table,
+    cost_table,
+    difference_table,
+    failure_lines,
+)
+from llava_saep.evaluation.metrics import OVERALL
+
+_LARGEST_IMAGE_PX = 384
+_SMALL_IMAGE_PX = 128
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --paper: #ffffff; --line: #d0d7de; --band: #f6f8fa;
+  --mark: #0b5cad; --reference: #b3261e; --others: #9aa3ad; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9aa5b1; --paper: #0f1419; --line: #333c47;
+  --band: #171e26; --mark: #6cb6ff; --reference: #ff8a80; --others: #6b7684; } }
+@media print { :root { color-scheme: light; --ink: #000; --soft: #444; --paper: #fff; --line: #bbb; --band: #fff;
+  --mark: #0b5cad; --reference: #b3261e; --others: #9aa3ad; }
+  section, figure, tr, .card { break-inside: avoid; } details > * { display: block; } body { font-size: 10pt; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 74rem; padding: 1.5rem; background: var(--paper); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
+h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; } p { max-width: 52rem; margin: .4rem 0; } .soft { color: var(--soft); }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .86rem; }
+th, td { padding: .32rem .6rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { text-align: left; white-space: nowrap; }
+tbody tr:nth-child(odd) { background: var(--band); } .interval { display: block; color: var(--soft); font-size: .78rem;
+  white-space: nowrap; }
+svg { max-width: 100%; height: auto; font: 12px system-ui, sans-serif; } svg text { fill: var(--soft); }
+svg text.label { fill: var(--ink); } .grid { stroke: var(--line); stroke-width: 1; } .axis { stroke: var(--soft); }
+.whisker { stroke: var(--soft); stroke-width: 1.3; } .thick { stroke: var(--mark); stroke-width: 4; opacity: .55; }
+.leader { stroke: var(--soft); stroke-width: .7; stroke-dasharray: 2 2; } .point { fill: var(--mark); }
+.point.reference { fill: var(--reference); } polyline { fill: none; stroke-width: 1; } .others { stroke: var(--others);
+  opacity: .7; } .own { stroke: var(--mark); stroke-width: 1.8; }
+.panels { display: flex; flex-wrap: wrap; gap: .5rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem; }
+.card { border: 1px solid var(--line); border-radius: 6px; padding: .8rem; display: flex; gap: .9rem; }
+.card img { flex: none; image-rendering: pixelated; align-self: flex-start; max-width: 8rem; height: auto; }
+.card ul { list-style: none; margin: .3rem 0 0; padding: 0; font-size: .86rem; } .card p { margin: 0; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; background: var(--band); padding: .7rem; }
+"""
+
+_SCOPE = (
+    "These are measurements of this data, these sizes and this budget. Small models on generated images say something "
+    "about the code and about tendencies; they are not a projector's result on public benchmarks with large models."
+)
+
+
+def page(results: Results, facts: Mapping[str, Any], image_folder: Path, num_examples: int) -> str:
+    """The whole page.
+
+    Args:
+        facts: title, command, machine, num_jobs, num_threads, recipe.
+        image_folder: what the questions' images are relative to; those shown are put into the page.
+    """
+    sections = [
+        _heading(facts, results),
+        _accuracy(results),
+        _differences(results),
+        _tokens(results),
+        _costs(results, facts),
+        _curves(results),
+        _disagreements(disagreements(results, num_examples), image_folder),
+        _failures(results),
+        _circumstances(results, facts),
+    ]
+    body = "\n".join(f"<section>{section}</section>" for section in sections if section)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(facts['title'])}</title><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _heading(facts: Mapping[str, Any], results: Results) -> str:
+    images = len({question.image for question in results.questions})
+    excluded = (
+        f" {results.num_excluded:,} further questions could not be put to every model and count for none."
+        if results.num_excluded
+        else ""
+    )
+    if results.benchmarks:
+        return f"<h1>Models compared</h1><p>{escape(facts['title'])}</p>"
+    return (
+        f"<h1>Projectors compared</h1><p>{escape(facts['title'])}</p>"
+        f"<p class=soft>{len(results.questions):,} questions about {images:,} images, the same to all; answers are "
+        f"generated freely (greedily) and their final words are scored.{excluded} {_SCOPE}</p>"
+    )
+
+
+def _accuracy(results: Results) -> str:
+    if results.benchmarks:
+        note = "Shares in per cent, others in points; below a value its 95 % interval over questions, where it has one."
+        return f"<h2>Benchmarks</h2>{table(benchmark_table(results))}<p class=soft>{note}</p>"
+    counts = sorted({len(entry.finished) for entry in results.entries})
+    return (
+        "<h2>Accuracy</h2>" + table(accuracy_table(results)) + "<p class=soft>Per cent of right answers. "
+        f"{_interval_note(counts)} Blind: the same model with the image removed. The last row is what the most "
+        "frequent answer of its kind, given to every question, reaches.</p>"
+    )
+
+
+def _interval_note(counts: Sequence[int]) -> str:
+    over_seeds = (
+        "Below each value its 95 % interval by Student's t over the seeds (runs column: how many): how far the mean of "
+        "other seeds would lie, with these questions and this training data."
+    )
+    single = "A single run has Wilson's interval over the questions, which knows nothing of other seeds."
+    return " ".join([over_seeds] * any(count > 1 for count in counts) + [single] * (1 in counts))
+
+
+def _differences(results: Results) -> str:
+    if not results.differences:
+        return ""
+    rows = []
+    for one in results.differences:
+        seeds = one.over_seeds
+        over_seeds = None if seeds.low is None or seeds.high is None else (seeds.low, seeds.high)
+        rows.append((one.label, seeds.value, over_seeds, one.over_images))
+    return (
+        f"<h2>In pairs with {escape(str(results.reference))}</h2>"
+        f"<figure class=wide>{charts.differences(rows)}</figure>{table(difference_table(results))}"
+        "<p class=soft>Accuracy less the reference's, over all questions, for equal seeds. Thin: 95 % by Student's t "
+        "over the seeds' differences. Thick: 95 % by bootstrap over images (whole images drawn again, models held "
+        "fixed): how much it depends on which images were asked about. An interval on one side of zero under both is "
+        "a difference; with many projectors at once, one in twenty intervals misses by chance alone. McNemar's exact "
+        "test is told where each side is a single model.</p>"
+    )
+
+
+def _tokens(results: Results) -> str:
+    name, values = _headline(results)
+    points = [
+        charts.Point(
+            label=entry.label,
+            x=entry.speed["tokens_per_image"],
+            y=values[entry.label],
+            is_reference=entry.label == results.reference,
+        )
+        for entry in results.entries
+        if entry.label in values and entry.speed is not None
+    ]
+    if not points:
+        return ""
+    return (
+        f"<h2>Accuracy against tokens</h2><figure class=wide>{charts.accuracy_against_tokens(points)}</figure>"
+        f"<p class=soft>{escape(name)}; bars: the 95 % intervals of the first table.</p>"
+    )
+
+
+def _headline(results: Results) -> tuple[str, dict[str, Interval]]:
+    """What stands for an entry in one number: overall accuracy, or the first benchmark's first share."""
+    if not results.benchmarks:
+        return OVERALL, {entry.label: entry.accuracy[OVERALL] for entry in results.entries if entry.accuracy}
+    shares = [row for row in results.benchmarks if row.is_share]
+    if not shares:
+        return "", {}
+    values = {label: value for label, value in shares[0].values.items() if value is not None}
+    return f"{shares[0].benchmark}, {shares[0].metric}", values
+
+
+def _costs(results: Results, facts: Mapping[str, Any]) -> str:
+    threads = f"{facts['num_threads']} thread{'s' if facts['num_threads'] > 1 else ''}"
+    at_once = f"at most {facts['num_jobs']} run{'s' if facts['num_jobs'] > 1 else ''} at once"
+    return (
+        "<h2>Costs</h2>" + table(cost_table(results)) + "<p class=soft>Means over the finished runs. Training: "
+        f"seconds of the training steps, without start-up, held-out losses and saving, {threads} per run and "
+        f"{at_once}, so that other runs and programs count into it; CPU-seconds are the whole training processes' and "
+        "do not count others'. First token: median (quartiles) from a question to its first token, image read and "
+        "prepared, one question at a time, measured after all training with nothing else of this comparison running. "
+        "Peak: on a processor all memory of the process, most of it the libraries'; tensors on a GPU.</p>"
+    )
+
+
+def _curves(results: Results) -> str:
+    stages = list(results.entries[0].loss) if results.entries else []
+    parts = []
+    for stage in stages:
+        parts.append(_panels(f"{stage}: training loss", _of(results, "loss", stage), unit="loss"))
+        parts.append(_panels(f"{stage}: loss on held-out images", _of(results, "held_out_loss", stage), unit="loss"))
+        accuracy = _of(results, "held_out_accuracy", stage)
+        parts.append(_panels(f"{stage}: right tokens on held-out images, %", accuracy, unit="%", as_percent=True))
+    text = "".join(parts)
+    if not text:
+        return ""
+    note = (
+        "One panel per projector, a line per seed; in grey all others. The highest 3 % of losses are cut off. Held-out "
+        "tokens are predicted with the right ones before them (teacher forcing), which is easier than answering freely."
+    )
+    return f"<h2>Learning curves</h2>{text}<p class=soft>{note}</p>"
+
+
+def _of(results: Results, name: str, stage: str) -> dict[str, tuple[Curve, ...]]:
+    found = {entry.label: _curves_of(entry, name).get(stage, ()) for entry in results.entries}
+    return {label: curves for label, curves in found.items() if curves}
+
+
+def _curves_of(entry: Entry, name: str) -> Mapping[str, tuple[Curve, ...]]:
+    return {
+        "loss": entry.loss,
+        "held_out_loss": entry.held_out_loss,
+        "held_out_accuracy": entry.held_out_accuracy,
+    }[name]
+
+
+def _panels(title: str, curves: Mapping[str, tuple[Curve, ...]], *, unit: str, as_percent: bool = False) -> str:
+    panels = charts.curve_panels(curves, unit=unit, as_percent=as_percent)
+    return f"<h3>{escape(title)}</h3><div class=panels>{''.join(panels)}</div>" if panels else ""
+
+
+def _disagreements(found: Sequence[Disagreement], image_folder: Path) -> str:
+    if not found:
+        return ""
+    cards = "".join(_card(one, image_folder) for one in found)
+    return (
+        "<h2>Where they disagree</h2><p class=soft>The questions that divide the projectors most evenly, one per "
+        "image, kinds of question taking turns; not picked by eye. Shown is the first seed's answer and how many runs "
+        f"were right.</p><div class=cards>{cards}</div>"
+    )
+
+
+def _card(one: Disagreement, image_folder: Path) -> str:
+    answers = "".join(
+        f"<li>{'✓' if num_right == num_runs else '✗' if not num_right else '◐'} <b>{escape(label)}</b> "
+        f"({num_right} of {num_runs}): {escape(text) or '<i>nothing</i>'}</li>"
+        for label, (text, num_right, num_runs) in one.answers.items()
+    )
+    question = one.question
+    return (
+        f"<div class=card>{_picture(image_folder, question.image)}<div><p><b>{escape(question.text)}</b></p>"
+        f"<p class=soft>{escape(question.category)}; right: {escape(question.answer or '')}</p><ul>{answers}</ul>"
+        "</div></div>"
+    )
+
+
+def _picture(image_folder: Path, name: str | None) -> str:
+    if name is None:
+        return ""
+    with Image.open(image_folder / name) as opened:
+        image = opened.convert("RGB")
+    image.thumbnail((_LARGEST_IMAGE_PX, _LARGEST_IMAGE_PX))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{escape(name)}" width="{_SMALL_IMAGE_PX}" src="data:image/png;base64,{data}">'
+
+
+def _failures(results: Results) -> str:
+    lines = failure_lines(results)
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f"<h2>Failed</h2><ul>{items}</ul>" if lines else ""
+
+
+def _circumstances(results: Results, facts: Mapping[str, Any]) -> str:
+    commits = sorted({commit for entry in results.entries for one in entry.finished for commit in one.commits})
+    loads = [entry.speed["load_average"] for entry in results.entries if entry.speed]
+    known = [load for load in loads if load is not None]
+    load = f"{min(known):.1f} to {max(known):.1f}" if known else "unknown"
+    lines = [
+        shlex.join(facts["command"]),
+        f"commits of the runs: {', '.join(commits) or 'unknown'}",
+        f"load average while first tokens were timed: {load} (1.0 is this process alone)",
+    ]
+    machine = json.dumps(facts["machine"], indent=2)
+    recipe = json.dumps(facts["recipe"], indent=2)
+    return (
+        f"<h2>How it was made</h2><pre>{escape(chr(10).join(lines))}</pre>"
+        f"<details><summary>machine and versions</summary><pre>{escape(machine)}</pre></details>"
+        f"<details><summary>recipe</summary><pre>{escape(recipe)}</pre></details>"
+    )
+
+
+def table(content: Table) -> str:
+    """A table; an interval in a cell, `97.6 (95.0 to 99.1)`, goes below the value."""
+    header, rows = content
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _cell(text: str) -> str:
+    value, separator, interval = text.partition(" (")
+    if separator and " to " in interval and interval.endswith(")"):
+        return f"{escape(value)}<span class=interval>{escape(interval[:-1])}</span>"
+    return escape(text)

@@ -1,0 +1,278 @@
+"""What the processes of a comparison do: train a stage, answer the questions, measure the speed of an answer.
+
+Each step is a process of its own, so that its peak of memory is its own, and its record appears whole or not at all.
+"""
+
+import contextlib
+import json
+import logging
+import multiprocessing
+import os
+import statistics
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from llava_saep.errors import UserError
+from llava_saep.evaluation.benchmarks import BenchmarkSettings
+from llava_saep.evaluation.tasks import TaskQuestion
+from projectors import ProjectorError
+
+LOG_FILE = "log.txt"
+FAILURE_FILE = "failure.json"
+MODEL_ID = "model"
+EXIT_FAILED = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One process: `function(**arguments)` returns facts that go into `<name>.json`. It must be importable by name."""
+
+    name: str
+    function: Callable[..., Mapping[str, Any]]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where steps compute.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:1".
+        num_threads: of torch, in each process.
+    """
+
+    device: str
+    num_threads: int = 1
+
+
+def record_path(folder: Path, name: str) -> Path:
+    """Where the record of a finished step is, which exists only then."""
+    return folder / f"{name}.json"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file that appears whole."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file, or None when there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def run_in_child(step: Step, folder: Path, placement: Placement) -> None:
+    """In a process of its own: do a step and write its record, or why there is none, and end the process."""
+    _end_with_parent()
+    _take_place(placement)
+    _redirect_output(folder / LOG_FILE)
+    print(f"\n=== {step.name} ===", flush=True)
+    began = time.monotonic()
+    try:
+        facts = step.function(**step.arguments)
+        write_json(record_path(folder, step.name), {**_costs(began, placement), **facts})
+    except BaseException as error:
+        # A mistake that a person can correct has its message; the others' traces are in the log.
+        is_explained = isinstance(error, UserError | ProjectorError)
+        traceback.print_exc()
+        message = str(error) if is_explained else f"{type(error).__name__}: {error}"
+        write_json(folder / FAILURE_FILE, {"step": step.name, "error": message.strip()})
+        _leave(EXIT_FAILED)
+    _leave(0)
+
+
+def _leave(exit_code: int) -> None:
+    """End at once: a forked process has its parent's threads on its list, and would wait for them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+def _end_with_parent() -> None:
+    """A step whose comparison was killed ends too: a later one works in the same folder."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(EXIT_FAILED)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _take_place(placement: Placement) -> None:
+    kind, _, index = placement.device.partition(":")
+    if kind == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif index:
+        os.environ["CUDA_VISIBLE_DEVICES"] = index
+    os.environ["OMP_NUM_THREADS"] = str(placement.num_threads)
+    # A data loader's workers would each import everything anew: a child keeps its parent's way of starting.
+    multiprocessing.set_start_method("fork", force=True)
+    import torch
+
+    torch.set_num_threads(placement.num_threads)
+
+
+def _redirect_output(path: Path) -> None:
+    """Everything that is said from here on goes into the log, also what libraries write below Python."""
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.close(log)
+    sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
+
+
+def _costs(began: float, placement: Placement) -> dict[str, Any]:
+    import torch
+
+    from llava_saep.provenance import commit
+    from llava_saep.train.memory import peak_memory_bytes
+
+    device = torch.device("cpu" if placement.device == "cpu" else "cuda")
+    return {
+        "seconds": time.monotonic() - began,
+        "cpu_seconds": time.process_time(),
+        "peak_memory_bytes": peak_memory_bytes(device),
+        "num_threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "commit": commit(),
+    }
+
+
+def train(flags: list[str]) -> dict[str, Any]:
+    """Run the training program with these flags.
+
+    Raises:
+        UserError: it refused them, or was told to stop.
+    """
+    from llava_saep.train import train_mem
+
+    messages = _Messages()
+    with contextlib.redirect_stderr(messages):
+        exit_code = train_mem.main(flags)
+    if exit_code:
+        raise UserError(messages.last_error or f"the training program ended with exit code {exit_code}")
+    return {}
+
+
+class _Messages:
+    """Standard error, which remembers the message of a mistake."""
+
+    def __init__(self) -> None:
+        self._stream = sys.stderr
+        self.last_error = ""
+
+    def write(self, text: str) -> int:
+        if text.startswith("error: "):
+            self.last_error = text.removeprefix("error: ").strip()
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def evaluate(
+    model_path: Path,
+    question_file: Path,
+    image_folder: Path,
+    output_dir: Path,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    trust_projector_code: bool,
+    device: str,
+) -> dict[str, Any]:
+    """Answer the questions with the images and without them, as `llava-saep eval --blind` does."""
+    from llava_saep.evaluation.evaluate import evaluate_model
+    from llava_saep.evaluation.fingerprints import model_fingerprint
+    from llava_saep.evaluation.questions import read_questions
+
+    logging.basicConfig(level=logging.INFO)
+    evaluate_model(
+        model_path,
+        read_questions(question_file),
+        image_folder=image_folder,
+        output_dir=output_dir,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        device=_visible(device),
+        trust_projector_code=trust_projector_code,
+    )
+    return {"model_fingerprint": model_fingerprint(model_path)}
+
+
+def evaluate_tasks(
+    model_path: Path, tasks: str, settings: BenchmarkSettings, *, trust_projector_code: bool, device: str
+) -> dict[str, Any]:
+    """Put benchmarks to the model, as `llava-saep eval --task` does."""
+    from llava_saep.evaluation.asking import AskedModel, ModelChoice
+    from llava_saep.evaluation.benchmarks import evaluate_benchmarks
+    from llava_saep.evaluation.fingerprints import model_fingerprint
+    from llava_saep.evaluation.tasks import select_tasks
+
+    logging.basicConfig(level=logging.INFO)
+    choice = ModelChoice(
+        path=model_path, model_id=MODEL_ID, device=_visible(device), trust_projector_code=trust_projector_code
+    )
+    evaluate_benchmarks(AskedModel.load(choice), select_tasks([tasks]), settings)
+    return {"model_fingerprint": model_fingerprint(model_path)}
+
+
+def _visible(device: str) -> str:
+    """The device as a process calls it that sees no other."""
+    return device.partition(":")[0]
+
+
+def measure_speed(
+    model_path: Path,
+    questions: Sequence[TaskQuestion],
+    *,
+    num_warmup: int,
+    num_repeats: int,
+    trust_projector_code: bool,
+    device: str,
+) -> dict[str, Any]:
+    """Time from a question with its image to the first token, for one question after another; and sizes.
+
+    Everything on the way counts: reading and preparing the image, tower, projector, and the language model's first
+    pass.
+
+    Args:
+        questions: asked in this order, over again where there are too few; each has an image.
+    """
+    from llava_saep.evaluation.image_loading import open_image
+    from llava_saep.evaluation.runner import question_messages
+    from llava_saep.generation import GenerationOptions, Predictor
+    from llava_saep.train.trainable import count_parameters
+
+    predictor = Predictor.from_pretrained(
+        model_path, device=_visible(device), trust_projector_code=trust_projector_code
+    )
+    seconds = []
+    for index in range(num_warmup + num_repeats):
+        question = questions[index % len(questions)]
+        began = time.perf_counter()
+        messages = question_messages(question, [open_image(image) for image in question.images])
+        predictor.generate([messages], GenerationOptions(max_new_tokens=1))
+        seconds.append(time.perf_counter() - began)
+    measured = sorted(seconds[num_warmup:])
+    counts = {count.part: count.num_parameters for count in count_parameters(predictor.model)}
+    return {
+        "first_token_seconds": statistics.median(measured),
+        "first_token_quartiles": [measured[len(measured) // 4], measured[(3 * len(measured)) // 4]],
+        "num_repeats": num_repeats,
+        "tokens_per_image": predictor.num_image_tokens,
+        "num_projector_parameters": counts.get("projector", 0),
+        "num_parameters": sum(counts.values()),
+        "projector": dict(predictor.model.config.projector),
+    }

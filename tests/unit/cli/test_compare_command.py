@@ -1,0 +1,191 @@
+"""`llava-saep compare`: flags, the embedded recipe, and trained models compared from the command line."""
+
+import json
+import multiprocessing
+import shutil
+from pathlib import Path
+
+import pytest
+
+from llava_saep.cli import main
+from llava_saep.commands.compare import plan
+from llava_saep.errors import UserError
+from llava_saep.evaluation.comparison import runs
+from llava_saep.evaluation.comparison.recipe import read_recipe
+from playground import comparison
+from playground.quickstart import SMALL_PROJECTORS
+from tests.fixtures.saved_models import write_saved_model
+from tests.fixtures.tiny import write_bases, write_image
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "name either --projectors"),
+        ("--projectors saep --model-path a", "name either --projectors"),
+        ("--projectors saep,sape", "Did you mean 'saep'"),
+        ("--projectors saep --seeds 0", "--seeds must be at least 1, got 0"),
+        ("--projectors saep --jobs 0", "--jobs must be at least 1, got 0"),
+        ("--projectors saep --reference mlp2x_gelu", "--reference mlp2x_gelu: not among what is compared: saep"),
+        ("--projectors saep --question-file q.jsonl", "--question-file belongs to --model-path"),
+        ("--projectors saep --recipe r.json --budget quick", "--budget belongs to the embedded job"),
+        ("--projectors saep --recipe r.json", "--recipe r.json: cannot be read as JSON"),
+        ("--model-path a --budget quick", "--budget says how to train"),
+        ("--model-path a --task pope --question-file q", "--model-path needs either"),
+        ("--model-path a --task pop", "Did you mean 'pope'"),
+        ("--model-path a --question-file q --limit 3", "--limit is for benchmarks"),
+        ("--projectors saep --task pope", "--task belongs to --model-path"),
+        ("--model-path a b", "--model-path needs either --question-file or --task"),
+        ("--projectors saep --device gpu9", "--device gpu9: expected cpu"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(flags, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(comparison, "make_dataset", None)  # nothing is generated before the flags are right
+    monkeypatch.chdir(tmp_path)
+    recipe = tmp_path / "out" / "recipe.json"
+    if "--device" in flags:
+        shutil.copytree(write_own_recipe(tmp_path), recipe.parent)
+        flags += f" --recipe {recipe}"
+    assert main(["compare", "--output-dir", str(tmp_path / "out"), *flags.split()]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def write_own_recipe(folder):
+    """A recipe of somebody's own, with its questions; returns its folder."""
+    own = folder / "own"
+    (own / "images").mkdir(parents=True)
+    (own / "questions.jsonl").write_text('{"question_id": 1, "text": "?", "answer": "yes"}\n')
+    stage = {"name": "stage1", "flags": {"max_steps": 1}}
+    recipe = {"stages": [stage], "question_file": "{recipe}/questions.jsonl", "image_folder": "{recipe}/images"}
+    (own / "recipe.json").write_text(json.dumps(recipe))
+    return own
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stages": []}, "has no stages"),
+        ({"stages": [{"name": "a b", "flags": {}}]}, "its name must be one word"),
+        ({"stages": [{"name": "a", "flags": {"--seed": 1}}]}, "without hyphens"),
+        ({"stages": [{"name": "a", "flags": {"seed": 1}}]}, "the comparison sets it itself"),
+        ({"stages": [{"name": "evaluation", "flags": {}}]}, "not evaluation or speed"),
+        ({"stages": [{"name": "a"}]}, 'stage 1 must be {"name"'),
+        ({"question_file": "{recipe}/none.jsonl"}, "none.jsonl: no such file"),
+        ({"image_folder": "{recipe}/none"}, "none: no such folder"),
+        ({"chance_file": "{recipe}/none"}, "chance_file .*none: no such file"),
+        ({"question": 1}, "expected a JSON object with stages and question_file"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_named(tmp_path, change, message):
+    path = write_own_recipe(tmp_path) / "recipe.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError, match=message):
+        read_recipe(path)
+
+
+def test_installation_without_the_playground_is_told_where_it_is(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(plan, "EMBEDDED", tmp_path / "playground" / "comparison.py")
+    assert main(["compare", "--projectors", "saep", "--output-dir", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "the embedded job is not installed" in error and "--recipe FILE" in error
+
+
+def test_embedded_recipe_is_the_quick_starts_and_belongs_to_one_folder(tmp_path):
+    settings = comparison.BUDGETS["smoke"]
+    comparison.write_recipe(tmp_path, world="cells", settings=settings)
+    recipe, _ = read_recipe(tmp_path / "recipe.json")
+    assert [stage.name for stage in recipe.stages] == ["stage1", "stage2"]
+    stage1, stage2 = (stage.flags for stage in recipe.stages)
+    assert stage1["learning_rate"] == settings.stage1_learning_rate and stage1["tune_mm_mlp_adapter"] is True
+    assert stage2["max_steps"] == settings.stage2_steps and stage2["per_device_train_batch_size"] == 4
+    assert recipe.projector_options == SMALL_PROJECTORS
+    assert set(recipe.chance) >= {"overall", "relation", "count"}
+    held_out = json.loads(Path(stage2["eval_data_path"]).read_text())
+    assert len(held_out) == settings.num_held_out_images
+    assert held_out[0]["conversations"][0]["value"].startswith("<image>\n")
+    assert not any("<image>" in turn["value"] for turn in held_out[0]["conversations"][1:])
+
+    before = (tmp_path / "data" / "train" / "stage2.json").stat().st_mtime_ns
+    comparison.write_recipe(tmp_path, world="cells", settings=settings)  # the same again: nothing is made anew
+    assert (tmp_path / "data" / "train" / "stage2.json").stat().st_mtime_ns == before
+    for world, budget in (("free", "smoke"), ("cells", "quick")):
+        with pytest.raises(UserError, match="holds a comparison with another budget, world or recipe"):
+            comparison.write_recipe(tmp_path, world=world, settings=comparison.BUDGETS[budget])
+
+
+def test_a_number_as_budget_is_stage_2s_steps():
+    settings = comparison.budget_settings("120")
+    assert (settings.stage1_steps, settings.stage2_steps) == (60, 120)
+    assert settings.num_train_images == 8000
+    for budget in ("some", "1", "-5", "2.5"):
+        with pytest.raises(UserError, match=f"--budget {budget}: expected smoke, quick, standard, full, or a number"):
+            comparison.budget_settings(budget)
+
+
+@pytest.fixture
+def models(tmp_path):
+    """Two saved models and a file of questions, some about one image; the folder that holds them."""
+    bases = write_bases(tmp_path / "bases")
+    for name in ("saep", "mlp2x_gelu"):
+        write_saved_model(tmp_path / name / "stage2", bases, projector=name)
+    (tmp_path / "held" / "images").mkdir(parents=True)
+    lines = []
+    for index in range(4):
+        write_image(tmp_path / "held" / "images" / f"{index}.png", seed=index)
+        line = {"question_id": index, "image": f"{index}.png", "text": "Which?", "category": "kind", "answer": "red"}
+        lines.append(json.dumps(line))
+    (tmp_path / "held" / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def test_trained_models_are_compared_by_their_answers(models, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "_context", lambda: multiprocessing.get_context("fork"))
+    command = ["compare", "--model-path", str(models / "saep" / "stage2"), str(models / "mlp2x_gelu" / "stage2")]
+    command += ["--question-file", str(models / "held" / "questions.jsonl"), "--max-new-tokens", "4"]
+    command += ["--output-dir", str(models / "out"), "--device", "cpu"]
+    assert main(command) == 0
+    results = json.loads((models / "out" / "results.json").read_text())
+    assert sorted(entry["label"] for entry in results["entries"]) == ["mlp2x_gelu-stage2", "saep-stage2"]
+    for entry in results["entries"]:
+        assert entry["speed"]["tokens_per_image"] == {"saep-stage2": 9, "mlp2x_gelu-stage2": 36}[entry["label"]]
+        assert entry["speed"]["num_projector_parameters"] > 0 and entry["speed"]["first_token_seconds"] > 0
+        assert entry["runs"][0]["train_seconds"] is None
+    assert results["num_questions"] == 4 and results["differences"][0]["mcnemar_p"] == 1.0
+    assert "Accuracy against tokens" in (models / "out" / "report.html").read_text()
+
+    capsys.readouterr()
+    answers = models / "out" / "runs" / "saep-stage2" / "evaluation" / "answers.jsonl"
+    before = answers.stat().st_mtime_ns
+    assert main(command) == 0
+    assert "2 of 2 runs are there already" in capsys.readouterr().out
+    assert answers.stat().st_mtime_ns == before
+    write_saved_model(models / "saep" / "stage2", write_bases(models / "bases2", seed=5), seed=5)
+    assert main(command) == 0
+    assert answers.stat().st_mtime_ns > before  # another model under the same name
+
+
+def test_benchmarks_are_put_to_each_model(models, monkeypatch):
+    monkeypatch.setattr(runs, "_context", lambda: multiprocessing.get_context("fork"))
+    shutil.copytree(models / "held", models / "data" / "spatial_scenes" / "held_out")
+    command = ["compare", "--model-path", str(models / "saep" / "stage2"), str(models / "mlp2x_gelu" / "stage2")]
+    command += ["--task", "spatial_scenes", "--data-dir", str(models / "data"), "--max-new-tokens", "4"]
+    assert main([*command, "--output-dir", str(models / "out"), "--device", "cpu"]) == 0
+    results = json.loads((models / "out" / "results.json").read_text())
+    first = results["benchmarks"][0]
+    assert (first["benchmark"], first["metric"], first["counts"]) == ("spatial_scenes", "accuracy", [4])
+    for label in ("saep-stage2", "mlp2x_gelu-stage2"):
+        answers = models / "out" / "runs" / label / "evaluation" / "spatial_scenes" / "answers.jsonl"
+        own = json.loads((answers.parent / "result.json").read_text())["result"]["metrics"][0]
+        assert first["values"][label]["value"] == own["value"] and len(answers.read_text().splitlines()) == 4
+    page = (models / "out" / "report.html").read_text()
+    assert "<h2>Benchmarks</h2>" in page and "spatial_scenes, accuracy; bars" in page
+    assert "| spatial_scenes | accuracy | 4 |" in (models / "out" / "report.md").read_text()
+
+
+def test_folders_are_told_apart_by_the_end_of_their_paths():
+    labelled = plan.labelled(["a/one/stage2", "b/two/stage2"])
+    assert list(labelled) == ["one-stage2", "two-stage2"]
+    assert list(plan.labelled(["x/saep", "x/mlp"])) == ["saep", "mlp"]
+    with pytest.raises(UserError, match="one folder twice"):
+        plan.labelled(["x/saep", "x/saep"])
