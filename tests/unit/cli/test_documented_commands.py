@@ -52,6 +52,7 @@ PAGES = (
     "CONTRIBUTING.md",
     "docs/architecture.md",
     "docs/coming_from_llava.md",
+    "docs/evaluation.md",
     "docs/running.md",
     "playground/recipes/README.md",
 )

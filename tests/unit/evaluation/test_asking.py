@@ -1,0 +1,109 @@
+"""A loaded model as the runner asks it: lengths, the answers of single questions, and what describes it."""
+
+import pytest
+
+from llava_saep.evaluation.asking import AskedModel, ModelChoice, prompt_length_of
+from llava_saep.evaluation.runner import answer_questions
+from llava_saep.evaluation.tasks import EmbeddedImage, TaskQuestion, find_task
+from llava_saep.generation import GenerationOptions, Predictor
+from tests.fixtures.evaluation_runs import TINY_ADAPTER, TINY_MODEL, TINY_MODEL_WITH_CROPS, write_spatial_scenes
+
+MODELS = {"square": TINY_MODEL, "crops": TINY_MODEL_WITH_CROPS}
+OPTIONS = GenerationOptions(max_new_tokens=6)
+
+
+def load(path, **changes):
+    return AskedModel.load(ModelChoice(path=path, model_id="m", device="cpu", **changes))
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """Of unequal length, about images of unequal shape; the last one is about text alone."""
+    folder = write_spatial_scenes(tmp_path / "data", num_questions=7)
+    text_alone = TaskQuestion(question_id="t", text="How are you?", prompt="How are you?")
+    return [*find_task("spatial_scenes").questions(folder, "held_out"), text_alone]
+
+
+def single(predictor, question):
+    """The answer to one question, by the predictor alone."""
+    content = [*({"type": "image", "image": str(image)} for image in question.images)]
+    content.append({"type": "text", "text": question.text})
+    return predictor.generate([[{"role": "user", "content": content}]], OPTIONS)[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_batched_answers_equal_those_to_single_questions(name, batch_size, questions, tmp_path):
+    """Equal as texts: in float32 on one processor rounding differs by far less than two tokens of a random model."""
+    model = load(MODELS[name])
+    answers = answer_questions(
+        questions,
+        model.asking(OPTIONS, batch_size=batch_size),
+        answers_path=tmp_path / "answers.jsonl",
+        model_id="m",
+        fingerprint="f",
+    )
+    assert answers.texts == [single(model.predictor, question) for question in questions]
+    assert len(set(answers.texts)) > 3
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_prompt_lengths_are_those_of_the_tokens_that_the_model_gets(name, questions):
+    predictor = Predictor.from_pretrained(MODELS[name], device="cpu")
+    count = prompt_length_of(predictor)
+    for question in questions:
+        text = predictor.prompt_text(
+            [
+                {
+                    "role": "user",
+                    "content": [
+                        *({"type": "image", "image": str(image)} for image in question.images),
+                        {"type": "text", "text": question.text},
+                    ],
+                }
+            ]
+        )
+        inputs = predictor.processor(images=[str(image) for image in question.images] or None, text=text)
+        # Text around a marker is tokenised apart from the rest, which makes a token or two of difference.
+        assert abs(count(question) - inputs["input_ids"].shape[1]) <= 3
+
+
+def test_length_of_a_blind_prompt_has_no_image_and_absent_files_wait_for_their_turn(questions, tmp_path):
+    predictor = Predictor.from_pretrained(TINY_MODEL_WITH_CROPS, device="cpu")
+    seeing, blind = prompt_length_of(predictor), prompt_length_of(predictor, blind=True)
+    assert seeing(questions[0]) - blind(questions[0]) >= predictor.num_image_tokens
+    absent = TaskQuestion(question_id=1, text="?", prompt="?", images=(tmp_path / "absent.png",))
+    embedded = TaskQuestion(question_id=1, text="?", prompt="?", images=(EmbeddedImage("bm9uZQ=="),))
+    assert 0 < seeing(absent) < seeing(embedded)
+
+
+def test_adapter_is_evaluated_with_its_base(questions, tmp_path):
+    model = load(TINY_ADAPTER, base=str(TINY_MODEL))
+    answers = answer_questions(
+        questions[:2],
+        model.asking(OPTIONS, batch_size=2),
+        answers_path=tmp_path / "answers.jsonl",
+        model_id="m",
+        fingerprint=model.answers_fingerprint(OPTIONS),
+    )
+    assert len(answers.texts) == 2
+    assert model.fingerprint.count("+") == 1  # the base's weights have a say
+    assert model.describe()["base"] == str(TINY_MODEL)
+
+
+def test_fingerprint_of_answers_follows_what_changes_them_and_nothing_else():
+    model = load(TINY_MODEL)
+    same = AskedModel(
+        choice=ModelChoice(path=TINY_MODEL, model_id="another name"),
+        predictor=model.predictor,
+        fingerprint=model.fingerprint,
+    )
+    assert same.answers_fingerprint(OPTIONS) == model.answers_fingerprint(OPTIONS)
+    variants = [
+        model.answers_fingerprint(OPTIONS),
+        model.answers_fingerprint(GenerationOptions(max_new_tokens=7)),
+        model.answers_fingerprint(GenerationOptions(max_new_tokens=6, temperature=0.2)),
+        load(TINY_MODEL, template="plain").answers_fingerprint(OPTIONS),
+        load(TINY_ADAPTER, base=str(TINY_MODEL)).answers_fingerprint(OPTIONS),
+    ]
+    assert len(set(variants)) == len(variants)
