@@ -50,6 +50,8 @@ def build_parser(name: str = NAME, max_new_tokens: int = MAX_NEW_TOKENS) -> Abbr
     parser.add_flag("chunk-idx", type=int, default=0, help="and answer this one, counted from 0")
     add_decoding_flags(parser, max_new_tokens)
     parser.add_flag("batch-size", type=int, default=1, help="questions answered at once (default: %(default)s)")
+    # The deepspeed launcher hands it to each rank, which reads it from the environment.
+    parser.add_flag("local-rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_saep.evaluation.fingerprints import text_fingerprint
 from llava_saep.evaluation.tasks import TaskQuestion
 
 Record = dict[str, Any]
@@ -41,6 +42,26 @@ def find_parts(path: Path) -> list[Path]:
     return sorted(file for file in named if file.name.removeprefix(path.name + _PART).isdecimal())
 
 
+def set_aside_others(path: Path, metadata: Mapping[str, Any]) -> int:
+    """Copy answers that were made otherwise to files beside this one, where a run that is made like them finds them.
+
+    Returns:
+        how many there are.
+    """
+    others: dict[Path, list[Record]] = {}
+    for record in _readable_records([path, *find_parts(path)]):
+        if record.get("metadata") != metadata:
+            others.setdefault(_aside(path, record.get("metadata")), []).append(record)
+    for file, records in others.items():
+        with file.open("a", encoding="utf-8") as aside:
+            aside.write("".join(map(json_line, records)))
+    return sum(map(len, others.values()))
+
+
+def _aside(path: Path, metadata: Any) -> Path:
+    return path.with_name(f"{path.stem}.{text_fingerprint(metadata)}{path.suffix}")
+
+
 def kept_records(path: Path, questions: Sequence[TaskQuestion], metadata: Mapping[str, Any]) -> list[Record | None]:
     """What the file and its parts hold for each question; None where it has to be answered.
 
@@ -48,19 +69,20 @@ def kept_records(path: Path, questions: Sequence[TaskQuestion], metadata: Mappin
     """
     waiting: dict[tuple[str, str, int], list[Record]] = {}
     seen: set[str] = set()
-    for record in _readable_records([path, *find_parts(path)]):
+    for record in _readable_records([path, *find_parts(path), _aside(path, metadata)]):
         # A run that was killed while it put parts together leaves the same answer in two files.
         if record.get("metadata") == metadata and record.get("answer_id") not in seen:
-            seen.add(record["answer_id"])
+            seen.add(record.get("answer_id"))
             waiting.setdefault(_key(record), []).append(record)
     return [records.pop(0) if (records := waiting.get(question.key)) else None for question in questions]
 
 
-def write_together(path: Path, records: Iterable[Record | None]) -> None:
-    """Write the answers that are there, in their order, and remove the parts that they came from."""
+def write_together(path: Path, records: Iterable[Record | None], metadata: Mapping[str, Any]) -> None:
+    """Write the answers that are there, in their order, and remove the files that they came from."""
     rewrite(path, [record for record in records if record is not None])
     for part in find_parts(path):
         part.unlink()
+    _aside(path, metadata).unlink(missing_ok=True)
 
 
 def rewrite(path: Path, records: Iterable[Record]) -> None:

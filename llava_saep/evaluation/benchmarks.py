@@ -69,9 +69,14 @@ class _Outcome:
     uploads: list[Path] = field(default_factory=list)
 
 
-def label_folder(output_dir: Path, selected: TaskSplit) -> Path:
-    """Where the files of one set of questions go."""
-    return output_dir / selected.label.replace(":", "_")
+def benchmark_folder(settings: BenchmarkSettings, selected: TaskSplit) -> Path:
+    """Where the files of one set of questions go; a limited run leaves those of the whole alone."""
+    limited = "" if settings.limit is None else f"_first_{settings.limit}"
+    return settings.output_dir / f"{selected.label.replace(':', '_')}{limited}"
+
+
+def _label(settings: BenchmarkSettings, selected: TaskSplit) -> str:
+    return selected.label if settings.limit is None else f"{selected.label} (first {settings.limit})"
 
 
 def evaluate_benchmarks(
@@ -89,7 +94,7 @@ def evaluate_benchmarks(
         entry = _evaluate(model, selected, settings)
         if entry is not None:
             entries[selected.label] = entry
-            write_result(label_folder(settings.output_dir, selected), entry)
+            write_result(benchmark_folder(settings, selected), entry)
             write_overview(settings.output_dir, collect_results(settings.output_dir, model.fingerprint))
     return entries
 
@@ -110,7 +115,7 @@ def score_answer_file(selected: TaskSplit, answers: Sequence[Answer], path: Path
     import torch
 
     return {
-        "label": selected.label,
+        "label": _label(settings, selected),
         "model": {"id": ", ".join(model_ids), "fingerprint": f"answers {file_fingerprint(path)[:16]}"},
         "data": _describe_data(selected, folder, questions, settings),
         "program": describe_program(torch.device("cpu")),
@@ -142,7 +147,7 @@ def _evaluate(model: AskedModel, selected: TaskSplit, settings: BenchmarkSetting
     answers = answer_questions(
         questions,
         model.asking(options, batch_size=settings.batch_size, on_bad_image=settings.on_bad_image or "exclude"),
-        answers_path=label_folder(settings.output_dir, selected) / ANSWER_FILE,
+        answers_path=benchmark_folder(settings, selected) / ANSWER_FILE,
         model_id=model.choice.model_id,
         fingerprint=model.answers_fingerprint(options),
         description=selected.label,
@@ -153,7 +158,7 @@ def _evaluate(model: AskedModel, selected: TaskSplit, settings: BenchmarkSetting
     given = [answer_of(record) for record in answers.records if record is not None]
     outcome = _score(TaskSplit(task, selected.split), given, settings)
     return {
-        "label": selected.label,
+        "label": _label(settings, selected),
         "model": model.describe(),
         "prompt": model.describe_prompt(questions[0] if questions else None),
         "decoding": dataclasses.asdict(options),
@@ -218,7 +223,7 @@ def _score(
 
 def _export(selected: TaskSplit, answers: Sequence[Answer], settings: BenchmarkSettings, outcome: _Outcome) -> None:
     folder = task_folder(settings.data_dir, selected)
-    output = label_folder(settings.output_dir, selected) / UPLOAD_FOLDER
+    output = benchmark_folder(settings, selected) / UPLOAD_FOLDER
     try:
         outcome.uploads += selected.task.export(folder, selected.split, answers, output)
     except UserError as error:
@@ -239,7 +244,7 @@ def _judge(
     if settings.judge is None:
         outcome.notes.append("answers are rated by a language model: name one with --judge-url and --judge-model")
         return
-    path = label_folder(settings.output_dir, selected) / REVIEW_FILE
+    path = benchmark_folder(settings, selected) / REVIEW_FILE
     keys = {answer.key for answer in answers}
     folder = task_folder(settings.data_dir, selected)
     # Without a reply of the model there is nothing to rate; the score counts such questions among the unreviewed.

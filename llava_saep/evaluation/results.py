@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import logging
 import os
 import shlex
 import sys
@@ -19,6 +20,8 @@ from typing import Any
 from llava_saep.errors import UserError
 from llava_saep.evaluation.report import markdown_table, terminal_table
 from llava_saep.evaluation.tasks import TaskResult
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = "llava-saep-results/1"
 """The number rises when a field changes its meaning or goes."""
@@ -62,7 +65,7 @@ def read_result(path: Path) -> dict[str, Any]:
         entry = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a result ({error}); delete it and evaluate again") from error
-    schema = entry.get("schema") if isinstance(entry, dict) else None
+    schema = entry.get("schema") if isinstance(entry, dict) and {"label", "model"} <= set(entry) else None
     if schema != SCHEMA:
         raise UserError(f"{path}: schema {schema!r}, expected {SCHEMA!r}; delete it and evaluate again")
     return entry
@@ -70,8 +73,16 @@ def read_result(path: Path) -> dict[str, Any]:
 
 def collect_results(output_dir: Path, model_fingerprint: str) -> dict[str, dict[str, Any]]:
     """Entries of all benchmarks that one model has been evaluated on into this folder, by their label."""
-    entries = [read_result(path) for path in sorted(output_dir.glob(f"*/{RESULT_FILE}"))]
-    return {entry["label"]: entry for entry in entries if entry["model"]["fingerprint"] == model_fingerprint}
+    entries = {}
+    for path in sorted(output_dir.glob(f"*/{RESULT_FILE}")):
+        try:
+            entry = read_result(path)
+        except UserError as error:
+            logger.warning("%s; left out of %s", error, ALL_FILE)
+            continue
+        if entry["model"]["fingerprint"] == model_fingerprint:
+            entries[entry["label"]] = entry
+    return entries
 
 
 def write_overview(output_dir: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:

@@ -20,6 +20,7 @@ from llava_saep.evaluation.answer_files import (
     json_line,
     kept_records,
     part_of_rank,
+    set_aside_others,
     write_together,
 )
 from llava_saep.evaluation.batches import Batch, BatchQueue, batches_of_rank, plan_batches
@@ -114,7 +115,7 @@ def check_images(questions: Iterable[TaskQuestion]) -> None:
         raise UserError(
             f"{len(missing)} images of the question file are missing, the first one {missing[0]}. "
             "--image_folder names the folder that the paths in a question file are relative to, --data-dir the one "
-            "with the folders of the benchmarks; --on_bad_image exclude leaves such questions out and reports them."
+            "with the folders of the benchmarks; llava-saep eval --on_bad_image exclude leaves such questions out."
         )
 
 
@@ -130,7 +131,8 @@ def answer_questions(
     """Generate an answer to every question and write them in LLaVA's answer format, in the order of the questions.
 
     Answers that the file already holds, or that ranks of an interrupted run left beside it, are kept when they were
-    made in the same way (`fingerprint`, `asking.blind`) and to the same wording; all others are made anew.
+    made in the same way (`fingerprint`, `asking.blind`) and to the same wording; all others are made anew. Those made
+    in another way are moved to a file beside it.
 
     Args:
         fingerprint: changes with whatever changes answers: weights, template, decoding.
@@ -165,8 +167,11 @@ def _plan(
     questions: Sequence[TaskQuestion], asking: Asking, path: Path, metadata: dict[str, Any], num_ranks: int
 ) -> list[Batch]:
     """Put what interrupted runs have left into one file, and the open questions into batches."""
+    num_others = set_aside_others(path, metadata)
+    if num_others:
+        logger.warning("%s: %d answers were made in another way; they are kept in files beside it", path, num_others)
     records = kept_records(path, questions, metadata)
-    write_together(path, records)
+    write_together(path, records, metadata)
     open_positions = [position for position, record in enumerate(records) if record is None]
     if len(open_positions) < len(questions):
         logger.info(
@@ -182,7 +187,7 @@ def _put_together(
     questions: Sequence[TaskQuestion], path: Path, metadata: dict[str, Any], excluded: Sequence[ExcludedQuestion]
 ) -> Answers:
     records = kept_records(path, questions, metadata)
-    write_together(path, records)  # scorers of LLaVA's go by the order
+    write_together(path, records, metadata)  # scorers of LLaVA's go by the order
     left_out = {each.position for each in excluded}
     lost = [position for position, record in enumerate(records) if record is None and position not in left_out]
     if lost:

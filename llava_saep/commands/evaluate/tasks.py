@@ -4,7 +4,12 @@ import argparse
 from pathlib import Path
 
 from llava_saep.errors import UserError
-from llava_saep.evaluation.benchmarks import BenchmarkSettings, evaluate_benchmarks, score_answer_file
+from llava_saep.evaluation.benchmarks import (
+    BenchmarkSettings,
+    benchmark_folder,
+    evaluate_benchmarks,
+    score_answer_file,
+)
 from llava_saep.evaluation.judge import Judge, find_api_key
 from llava_saep.evaluation.requirements import check_requirements
 from llava_saep.evaluation.results import terminal_report
@@ -77,7 +82,7 @@ def score_answers(arguments: argparse.Namespace) -> int:
     for upload in entry["uploads"]:
         print(f"to upload: {upload}")
     if arguments.output_dir:
-        write_result(settings.output_dir / tasks[0].label.replace(":", "_"), entry)
+        write_result(benchmark_folder(settings, tasks[0]), entry)
     return NOT_SCORED_EXIT_CODE if entry["result"] is None and tasks[0].task.has_labels(tasks[0].split) else 0
 
 

@@ -58,6 +58,35 @@ def test_images_beside_the_question_file_are_found_and_both_runs_scored(folders,
     assert "75.0 %" in last_row and "25.0 %" in last_row
 
 
+def test_report_says_what_made_the_numbers(folders):
+    assert main(flags(folders)) == 0
+    report = json.loads((folders / "model" / "evaluation" / "report.json").read_text())
+    assert report["prompt"]["template"] and report["prompt"]["example"].count("<image>") == 1
+    assert report["decoding"]["max_new_tokens"] == 64 and report["decoding"]["temperature"] == 0
+    assert report["preprocessing"]["size"] and report["model"]["fingerprint"]
+    assert report["data"]["num_questions"] == 4 and report["program"]["versions"]["transformers"]
+
+
+def test_damaged_image_is_left_out_of_both_scores_and_reported(folders, capsys):
+    (folders / "held_out" / "images" / "3.png").write_bytes(b"no image")
+    assert main(flags(folders, "--blind")) == 0
+    written = folders / "model" / "evaluation"
+    report = json.loads((written / "report.json").read_text())
+    assert [report[run]["overall"]["num_questions"] for run in ("with_image", "blind")] == [3, 3]
+    assert report["with_image"]["overall"]["num_correct"] == 3
+    assert [each["question_id"] for each in report["excluded_questions"]] == [3]
+    sentence = "1 of 4 questions could not be put and count in no score, the first one 3: "
+    assert sentence in capsys.readouterr().out and sentence in (written / "report.md").read_text()
+
+
+def test_missing_images_can_be_left_out_where_that_is_asked_for(folders):
+    (folders / "held_out" / "images" / "0.png").unlink()
+    assert main(flags(folders)) == 2
+    assert main(flags(folders, "--on_bad_image", "exclude")) == 0
+    report = json.loads((folders / "model" / "evaluation" / "report.json").read_text())
+    assert report["with_image"]["overall"]["num_questions"] == 3
+
+
 def test_model_of_the_hub_is_evaluated_into_a_folder_of_its_name(folders, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name: str(folders / "model"))
     monkeypatch.chdir(folders)

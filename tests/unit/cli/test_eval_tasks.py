@@ -115,10 +115,25 @@ def test_results_of_earlier_runs_stay_in_the_overview(data_dir):
 
 def test_limit_asks_and_scores_the_first_questions_alone(data_dir):
     results = run(data_dir, "--limit", "3")
-    assert [line["question_id"] for line in answer_lines(data_dir, "pope")] == [0, 1, 2]
-    assert results["pope"]["result"]["metrics"][0]["n"] == 3
-    assert not any("without an answer" in each["reason"] for each in results["pope"]["result"]["exclusions"])
-    assert "only the first 3 questions" in results["pope"]["notes"][0]
+    assert [line["question_id"] for line in answer_lines(data_dir, "pope_first_3")] == [0, 1, 2]
+    entry = results["pope (first 3)"]
+    assert entry["result"]["metrics"][0]["n"] == 3
+    assert not any("without an answer" in each["reason"] for each in entry["result"]["exclusions"])
+    assert "only the first 3 questions" in entry["notes"][0] and not entry["uploads"]
+
+
+def test_limited_run_leaves_answers_and_result_of_the_whole_alone(data_dir):
+    run(data_dir, task="pope")
+    before = (data_dir.parent / "out" / "pope" / "answers.jsonl").read_text()
+    assert list(run(data_dir, "--limit", "2", task="pope")) == ["pope", "pope (first 2)"]
+    assert (data_dir.parent / "out" / "pope" / "answers.jsonl").read_text() == before
+
+
+def test_damaged_result_of_an_earlier_run_costs_the_overview_one_entry(data_dir, caplog):
+    run(data_dir, task="pope")
+    (data_dir.parent / "out" / "pope" / "result.json").write_text('{"schema": "llava-saep-')
+    assert list(run(data_dir, task="spatial_scenes")) == ["spatial_scenes"]
+    assert "pope/result.json: cannot be read as a result" in caplog.text
 
 
 def test_hidden_labels_give_upload_files_and_no_score(data_dir, capsys):
@@ -285,7 +300,7 @@ def test_answer_file_is_of_one_set_of_questions(tmp_path, capsys):
 
 
 def test_absent_answer_file_is_said(tmp_path, capsys):
-    assert "a.jsonl: no such file" in mistake(capsys, "--task", "pope", "--answers", tmp_path / "a.jsonl")
+    assert "a.jsonl: no such answer file" in mistake(capsys, "--task", "pope", "--answers", tmp_path / "a.jsonl")
 
 
 def test_list_names_every_benchmark_with_its_splits(capsys):

@@ -128,6 +128,24 @@ def test_answers_of_other_weights_or_of_the_blind_run_are_not_reused(tmp_path, c
     assert sum(model.batch_sizes) == 5
 
 
+def test_answers_made_in_another_way_are_kept_beside_the_file_and_found_again(tmp_path, caplog):
+    """Whoever tries another limit, or gives LLaVA's answer file as their own, loses no hours of work."""
+    path = tmp_path / "answers.jsonl"
+    path.write_text(
+        '{"question_id": 0, "prompt": "question 0", "text": "LLaVA says", "answer_id": "x", "metadata": {}}\n'
+    )
+    answer(Model(), path, fingerprint="one")
+    assert "1 answers were made in another way" in caplog.text
+    first = {line["answer_id"] for line in lines(path)}
+    answer(Model(), path, fingerprint="two")
+    model = Model()
+    answer(model, path, fingerprint="one")
+    assert model.batches == []
+    assert {line["answer_id"] for line in lines(path)} == first and len(lines(path)) == 5
+    beside = [line["text"] for file in tmp_path.glob("answers.*.jsonl") for line in lines(file)]
+    assert sorted(beside) == ["LLaVA says", *EXPECTED]
+
+
 def test_changed_wording_is_asked_anew(tmp_path):
     path = tmp_path / "answers.jsonl"
     answer(Model(), path)
