@@ -1,5 +1,6 @@
 """OpenAI's own client against a real server with a real, tiny model."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -11,7 +12,7 @@ from llava_saep.serve.api import ApiKeys, ApiSettings, create_app
 from llava_saep.serve.limits import Limits
 from tests.fixtures.image_files import encoded, gradient
 from tests.fixtures.requests import data_url
-from tests.fixtures.servers import serving
+from tests.fixtures.servers import REPOSITORY, serving
 
 KEY = "a-key-of-enough-characters"
 SETTINGS = ApiSettings(keys=ApiKeys.of([KEY]), limits=Limits(max_requests_per_minute=10_000))
@@ -100,6 +101,23 @@ def test_earlier_turns_are_part_of_the_conversation(client, local_engine):
     first = client.chat.completions.create(messages=conversation[:1], **GREEDY)
     second = client.chat.completions.create(messages=conversation, **GREEDY)
     assert second.usage.prompt_tokens > first.usage.prompt_tokens
+
+
+def test_the_example_of_the_documentation_works(address, tmp_path, monkeypatch, capsys):
+    page = (REPOSITORY / "docs" / "serving.md").read_text()
+    [example] = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    for old, new in {
+        "http://127.0.0.1:8000/v1": address,
+        "any, where none is asked for": KEY,
+        "llava-7b-saep": "model",
+        "temperature=0": "temperature=0, max_tokens=10",
+    }.items():
+        assert old in example
+        example = example.replace(old, new)
+    (tmp_path / "photo.jpg").write_bytes(encoded(gradient(), "JPEG"))
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    assert "image_tokens=9" in capsys.readouterr().out
 
 
 def test_models_are_listed(client):

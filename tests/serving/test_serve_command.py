@@ -1,9 +1,11 @@
 """`llava-saep serve` as a program: what it prints, checks before it loads a model, and how it ends."""
 
+import re
 import shutil
 import signal
 import subprocess
 import time
+from dataclasses import fields
 
 import httpx
 import pytest
@@ -12,9 +14,10 @@ from llava_saep.cli import main
 from llava_saep.commands.serve import build_parser, name_models
 from llava_saep.errors import UserError
 from llava_saep.serve.access import bind_socket
+from llava_saep.serve.limits import Limits
 from tests.fixtures.image_files import encoded, gradient
 from tests.fixtures.requests import question
-from tests.fixtures.servers import ServeProcess
+from tests.fixtures.servers import REPOSITORY, ServeProcess
 
 KEY = "a-key-of-enough-characters"
 
@@ -30,6 +33,15 @@ def test_flags_change_only_on_purpose():
         "model-path num-cpus-per-replica num-gpus-per-replica port replicas trust-projector-code trusted-proxies "
         "upscale-delay-seconds"
     )
+
+
+@pytest.mark.parametrize("limit", fields(Limits), ids=lambda limit: limit.name)
+def test_documentation_has_each_limit_with_its_default(limit):
+    page = (REPOSITORY / "docs" / "serving.md").read_text()
+    flag = f"`--{limit.name.replace('_', '-')}`"
+    [row] = [line for line in page.splitlines() if line.startswith("| `--") and flag in line.split(" | ")[0]]
+    default = f"{limit.default:,}" if limit.default > 5000 else f"{limit.default:g}"
+    assert default in re.split(r"[ ;]+", row.split(" | ")[1])
 
 
 def test_models_are_called_by_their_folders():

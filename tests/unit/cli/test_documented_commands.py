@@ -54,6 +54,7 @@ PAGES = (
     "docs/coming_from_llava.md",
     "docs/evaluation.md",
     "docs/running.md",
+    "docs/serving.md",
     "playground/recipes/README.md",
 )
 
