@@ -17,6 +17,7 @@ from llava_saep.evaluation.comparison.statistics import Interval
 _CHARACTER_WIDTH, _LINE_HEIGHT = 6.6, 13.0
 """Of the page's labels, in pixels; a little more than most fonts need."""
 _RADIUS = 4.5
+_BAR_DISTANCE = 8.0
 
 
 class Box(NamedTuple):
@@ -91,24 +92,44 @@ def accuracy_against_tokens(points: Sequence[Point], *, width: float = 860, heig
     to_y = _scale(low, high, frame.bottom, frame.top)
     elements = _accuracy_axis(low, high, to_y, frame)
     elements += _token_axis(sorted({point.x for point in points}), to_x, frame)
-    places = [(to_x(point.x), to_y(point.y.value)) for point in points]
+    columns = _columns(points, to_x)
+    places = [(column.x, to_y(point.y.value)) for column, point in zip(columns, points, strict=True)]
     for point, (x, y) in zip(points, places, strict=True):
         if point.y.low is not None and point.y.high is not None:
             elements.append(_line(x, to_y(point.y.low), x, to_y(point.y.high), "whisker"))
         name = "point reference" if point.is_reference else "point"
         elements.append(f'<circle class="{name}" cx="{x:.1f}" cy="{y:.1f}" r="{_RADIUS}"/>')
-    boxes = place_labels(places, [len(point.label) * _CHARACTER_WIDTH for point in points], frame)
+    boxes = place_labels(places, [len(point.label) * _CHARACTER_WIDTH for point in points], frame, columns)
     for point, (x, y), box in zip(points, places, boxes, strict=True):
         elements.append(_leader(x, y, box))
         elements.append(_text(box.left + 2, box.bottom - 3, point.label, "label"))
     return svg(width, height, "Accuracy against tokens per image", elements)
 
 
+class Column(NamedTuple):
+    """Where a point stands among those with equally many tokens: its own place, and the outermost ones."""
+
+    x: float
+    left: float
+    right: float
+
+
+def _columns(points: Sequence[Point], to_x: Callable[[float], float]) -> list[Column]:
+    """Points with equally many tokens stand beside each other, the highest first, so that each has its own bar."""
+    columns = []
+    for point in points:
+        same = sorted((other for other in points if other.x == point.x), key=lambda other: -other.y.value)
+        width = _BAR_DISTANCE * (len(same) - 1)
+        left = to_x(point.x) - width / 2
+        columns.append(Column(left + _BAR_DISTANCE * same.index(point), left, left + width))
+    return columns
+
+
 def _token_scale(tokens: Sequence[float], frame: Box) -> Callable[[float], float]:
     logs = [math.log2(max(count, 1)) for count in tokens]
     if min(logs) == max(logs):
         return lambda _: (frame.left + frame.right) / 2
-    scale = _scale(min(logs), max(logs), frame.left + 40, frame.right - 150)
+    scale = _scale(min(logs), max(logs), frame.left + 70, frame.right - 170)
     return lambda count: scale(math.log2(max(count, 1)))
 
 
@@ -142,24 +163,26 @@ def _leader(x: float, y: float, box: Box) -> str:
     return "" if math.hypot(end_x - x, end_y - y) < 3 * _RADIUS else _line(x, y, end_x, end_y, "leader")
 
 
-def place_labels(places: Sequence[tuple[float, float]], widths: Sequence[float], frame: Box) -> list[Box]:
-    """A box for each point's label: the nearest place that covers least of labels, points and whiskers' lines."""
+def place_labels(
+    places: Sequence[tuple[float, float]], widths: Sequence[float], frame: Box, columns: Sequence[Column]
+) -> list[Box]:
+    """A box for each point's label, beside its column: the nearest place that covers least of labels and points."""
     points = [Box(x - _RADIUS, y - _RADIUS, x + _RADIUS, y + _RADIUS) for x, y in places]
     lines = [Box(x - 1, y - 30, x + 1, y + 30) for x, y in places]
     placed: dict[int, Box] = {}
     for index in sorted(range(len(places)), key=lambda index: places[index][1]):
         taken = [*points, *lines, *placed.values()]
-        candidates = _candidates(*places[index], widths[index] + 4)
+        candidates = _candidates(columns[index], places[index][1], widths[index] + 4)
         placed[index] = min(candidates, key=lambda found: _cost(*found, taken, frame))[0]
     return [placed[index] for index in range(len(places))]
 
 
-def _candidates(x: float, y: float, width: float) -> list[tuple[Box, float]]:
+def _candidates(column: Column, y: float, width: float) -> list[tuple[Box, float]]:
     found = []
-    for (side, distance), rise in product(product((1, -1), (9, 24, 44)), range(-7, 8)):
-        left = x + distance if side > 0 else x - distance - width
-        top = y + rise * _LINE_HEIGHT - _LINE_HEIGHT / 2 - 1
-        found.append((Box(left, top, left + width, top + _LINE_HEIGHT + 2), distance + 6 * abs(rise) + (side < 0)))
+    for (side, distance), rise in product(product((1, -1), (10, 24, 44)), range(-14, 15)):
+        left = column.right + distance if side > 0 else column.left - distance - width
+        top = y + rise * _LINE_HEIGHT / 2 - _LINE_HEIGHT / 2 - 1
+        found.append((Box(left, top, left + width, top + _LINE_HEIGHT + 2), distance + 3 * abs(rise) + (side < 0)))
     return found
 
 

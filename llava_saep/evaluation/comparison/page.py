@@ -34,7 +34,8 @@ STYLE = """
   --band: #171e26; --mark: #6cb6ff; --reference: #ff8a80; --others: #6b7684; } }
 @media print { :root { color-scheme: light; --ink: #000; --soft: #444; --paper: #fff; --line: #bbb; --band: #fff;
   --mark: #0b5cad; --reference: #b3261e; --others: #9aa3ad; }
-  section, figure, tr, .card { break-inside: avoid; } details > * { display: block; } body { font-size: 10pt; } }
+  figure, tr, .card { break-inside: avoid; } svg.chart { min-width: 0; }
+  details > * { display: block; } body { font-size: 10pt; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 74rem; padding: 1.5rem; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif; }
@@ -42,7 +43,8 @@ h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2.
 h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; } p { max-width: 52rem; margin: .4rem 0; } .soft { color: var(--soft); }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .86rem; }
 th, td { padding: .32rem .6rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { text-align: left; white-space: nowrap; }
+th, td { white-space: nowrap; } svg.chart { min-width: 44rem; }
+th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { text-align: left; }
 tbody tr:nth-child(odd) { background: var(--band); } .interval { display: block; color: var(--soft); font-size: .78rem;
   white-space: nowrap; }
 svg { max-width: 100%; height: auto; font: 12px system-ui, sans-serif; } svg text { fill: var(--soft); }
@@ -163,7 +165,8 @@ def _tokens(results: Results) -> str:
         return ""
     return (
         f"<h2>Accuracy against tokens</h2><figure class=wide>{charts.accuracy_against_tokens(points)}</figure>"
-        f"<p class=soft>{escape(name)}; bars: the 95 % intervals of the first table.</p>"
+        f"<p class=soft>{escape(name)}; bars: the 95 % intervals of the first table. Where "
+        "several have equally many tokens they stand beside each other.</p>"
     )
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from llava_saep.evaluation.comparison.charts import (
     Box,
+    Column,
     Point,
     accuracy_against_tokens,
     curve_panels,
@@ -32,7 +33,8 @@ def test_one_value_is_its_own_tick():
 def test_labels_of_ten_projectors_with_equal_tokens_cover_neither_each_other_nor_points():
     frame = Box(58, 14, 844, 394)
     places = [(98.0, 30.0 + 17 * index) for index in range(10)] + [(690.0, 100.0), (690.0, 104.0)]
-    boxes = place_labels(places, [120.0] * len(places), frame)
+    columns = [Column(x, x, x) for x, _ in places]
+    boxes = place_labels(places, [120.0] * len(places), frame, columns)
     for index, box in enumerate(boxes):
         assert all(box.overlap(other) == 0 for other in boxes[index + 1 :])
         assert box.left >= frame.left and box.right <= frame.right
@@ -53,7 +55,8 @@ def test_more_accurate_is_higher_and_more_tokens_is_farther_right():
 
 def test_points_with_equal_tokens_and_no_interval_are_drawn():
     points = [Point(label=str(index), x=9, y=Interval(0.5)) for index in range(2)]
-    assert accuracy_against_tokens(points).count("<circle") == 2
+    circles = ElementTree.fromstring(accuracy_against_tokens(points)).findall("circle")
+    assert len({circle.get("cx") for circle in circles}) == 2  # beside each other, not in one place
     assert accuracy_against_tokens([]) == ""
 
 
