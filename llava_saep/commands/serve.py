@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from llava_saep.errors import UserError
 from llava_saep.program import AbbreviatingParser
 from llava_saep.serve.access import add_access_flags, bind_socket, check_access, is_loopback
+from llava_saep.serve.engine_flags import add_engine_flags, engine_settings_from
 from llava_saep.serve.limits import Limits, add_limit_flags, limits_from
 from llava_saep.serve.replica_settings import ReplicaSettings, add_replica_flags, replica_settings_from
 
@@ -40,6 +41,7 @@ def build_parser() -> AbbreviatingParser:
         action="store_true",
         help="let the checkpoint import a projector from outside this package",
     )
+    add_engine_flags(parser)
     add_access_flags(parser, port=DEFAULT_PORT)
     _add_api_flags(parser)
     add_limit_flags(parser)
@@ -174,6 +176,7 @@ def _loaded(
         "quantization": QuantizationConfig.for_loading(load_4bit=args.load_4bit, load_8bit=args.load_8bit),
         "model_base": args.model_base,
         "template": args.conv_mode,
+        "settings": engine_settings_from(args),
     }
     with ExitStack() as loaded:
         if replicas is not None:

@@ -73,7 +73,9 @@ class EngineSettings:
         if self.cache not in ("dynamic", "static"):
             raise UserError(f"cache must be dynamic or static, got {self.cache!r}")
         if self.compile and self.cache != "static":
-            raise UserError("compiled decoding needs a cache of a fixed length: add cache static")
+            raise UserError(
+                "compiled decoding needs a cache of a fixed length: it needs --kv-cache static (cache='static')"
+            )
         if self.max_length is not None and self.cache != "static":
             raise UserError("max_length is the length of a static cache; a dynamic one grows as it must")
         if self.max_length is not None and self.max_length < 2:

@@ -1,6 +1,7 @@
 """Predictor: a loaded model that answers whole batches, and what the engine needs of it for one answer."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import BatchFeature
+from transformers import BatchFeature, StopStringCriteria
 
 from llava_saep.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava_saep.data.conversation import Segment, Turn, between_start_and_end
@@ -60,6 +61,15 @@ def _usable_device(device: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: PyTorch without CUDA
         reason = str(error).splitlines()[0]
         raise UserError(f"device {str(device)!r} cannot be used here: {reason}; 'cpu' always can") from error
+
+
+def _can_be_written(stop: str, tokenizer: Any) -> bool:
+    try:
+        StopStringCriteria(tokenizer, [stop])
+    except ValueError:  # no token ends as it does, so no answer ever will
+        logger.debug("no token of the vocabulary can end %r; answers will not stop at it", stop)
+        return False
+    return True
 
 
 def _chosen_template(processor: LlavaSaepProcessor, name: str | None) -> AnyTemplate:
@@ -251,10 +261,19 @@ class Predictor:
         tokenizer = self.processor.tokenizer
         kwargs["pad_token_id"] = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         kwargs["eos_token_id"] = tokenizer.eos_token_id
-        extra_stops = [stop for stop in self.template.stop_strings if stop != tokenizer.eos_token]
-        if extra_stops:
-            kwargs |= {"stop_strings": extra_stops, "tokenizer": tokenizer}
+        if self._extra_stops:
+            kwargs |= {"stop_strings": self._extra_stops, "tokenizer": tokenizer}
         return kwargs
+
+    @functools.cached_property
+    def _extra_stops(self) -> list[str]:
+        """The template's stop strings beside the end token, as far as tokens of this vocabulary can write them."""
+        tokenizer = self.processor.tokenizer
+        return [
+            stop
+            for stop in self.template.stop_strings
+            if stop != tokenizer.eos_token and _can_be_written(stop, tokenizer)
+        ]
 
     def _decode(self, token_ids: torch.Tensor) -> str:
         text = self.processor.tokenizer.decode(token_ids, skip_special_tokens=True)

@@ -12,29 +12,48 @@ from PIL import Image
 
 from llava_saep.data.remote_images import find_image
 from llava_saep.errors import UserError
-from llava_saep.generation import GenerationOptions, LocalEngine, Message
+from llava_saep.generation import AnswerStatistics, GenerationOptions, LocalEngine, Message
 from llava_saep.model.quantization import QuantizationConfig
 from llava_saep.program import AbbreviatingParser
+from llava_saep.serve.engine_flags import add_engine_flags, engine_settings_from
+from llava_saep.serve.saved_chat import load_chat, save_chat
 
 HELP = """\
 Type a question and press Enter. Commands:
   /image PATH [PATH ...]  show the model more images with your next question (http addresses too)
-  /system TEXT            replace the system prompt and start over
+  /again                  answer the last question once more (also /regenerate)
   /undo                   take back the last question and its answer
+  /system TEXT            replace the system prompt and start over
   /clear                  forget the conversation and its images
+  /history                show the conversation
+  /stats                  tokens and times of the last answer
+  /save FILE, /load FILE  write the conversation to a file; go on from one
   /help                   print this
   /exit                   leave (so does Ctrl-D; Ctrl-C stops an answer)"""
+
+_PROMPT = "USER: "
+_ENDINGS = {
+    "stop": "the model ended it",
+    "length": "its length is limited (--max-new-tokens)",
+    "cancelled": "you stopped it",
+    "time_limit": "its time was over",
+}
 
 
 @dataclass
 class ChatSession:
-    """One conversation: its messages, and the images that wait for the next question."""
+    """One conversation: its messages, and the images that wait for the next question.
+
+    Attributes:
+        statistics: of the last answer, if there was one.
+    """
 
     engine: LocalEngine
     options: GenerationOptions
     messages: list[Message] = field(default_factory=list)
     waiting_images: list[Path | Image.Image] = field(default_factory=list)
     shows_prompts: bool = False
+    statistics: AnswerStatistics | None = None
 
     def add_image(self, path_or_url: str | Path) -> None:
         """Queue an image for the next question.
@@ -67,6 +86,10 @@ class ChatSession:
         self.messages = [message for message in self.messages if message["role"] == "system"]
         self.waiting_images = []
 
+    def load(self, path: str) -> None:
+        """Go on from a saved chat, which takes the place of this one; errors as `load_chat`."""
+        self.messages, self.waiting_images = load_chat(path), []
+
     def ask(self, question: str, output: TextIO) -> str:
         """Put a question with the waiting images and write the answer as it comes.
 
@@ -74,7 +97,22 @@ class ChatSession:
         """
         parts = [{"type": "image", "image": path} for path in self.waiting_images]
         parts.append({"type": "text", "text": question})
-        messages = [*self.messages, {"role": "user", "content": parts}]
+        answer = self._answer([*self.messages, {"role": "user", "content": parts}], output)
+        self.waiting_images = []
+        return answer
+
+    def ask_again(self, output: TextIO) -> str:
+        """Answer the last question once more.
+
+        Raises:
+            UserError: there is none.
+        """
+        if not self.messages or self.messages[-1]["role"] != "assistant":
+            raise UserError("there is no question to answer again")
+        output.write("ASSISTANT: ")
+        return self._answer(self.messages[:-1], output)
+
+    def _answer(self, messages: list[Message], output: TextIO) -> str:
         answer = ""
         stream = self.engine.stream(messages, self.options)
         try:
@@ -89,7 +127,7 @@ class ChatSession:
         if self.shows_prompts:
             output.write(f"{ {'prompt': self.engine.predictor.prompt_text(messages), 'outputs': answer} }\n")
         self.messages = [*messages, {"role": "assistant", "content": answer.strip() or "..."}]
-        self.waiting_images = []
+        self.statistics = stream.statistics
         return answer
 
 
@@ -100,45 +138,113 @@ def run_command(session: ChatSession, line: str, output: TextIO) -> bool:
         UserError: unknown command or missing argument.
     """
     name, _, rest = line.partition(" ")
+    rest = rest.strip()
     if name in ("/exit", "/quit"):
         return False
-    if name == "/help":
-        output.write(HELP + "\n")
-    elif name == "/image":
-        for path in _split_paths(rest):
-            session.add_image(path)
-            output.write(f"{path} goes with your next question.\n")
-    elif name == "/system" and rest.strip():
-        session.set_system(rest.strip())
-        output.write("New system prompt; the conversation starts over.\n")
-    elif name == "/undo":
-        output.write("Taken back.\n" if session.undo() else "There is nothing to take back.\n")
-    elif name == "/clear":
-        session.clear()
-        output.write("Cleared.\n")
+    if name in _ACTIONS and not rest:
+        _ACTIONS[name](session, output)
+    elif name in _ACTIONS_WITH_TEXT and rest:
+        _ACTIONS_WITH_TEXT[name](session, rest, output)
     else:
         raise UserError(f"unknown or incomplete command {line!r}\n{HELP}")
     return True
 
 
+def _help(session: ChatSession, output: TextIO) -> None:
+    output.write(HELP + "\n")
+
+
+def _again(session: ChatSession, output: TextIO) -> None:
+    session.ask_again(output)
+
+
+def _undo(session: ChatSession, output: TextIO) -> None:
+    output.write("Taken back.\n" if session.undo() else "There is nothing to take back.\n")
+
+
+def _clear(session: ChatSession, output: TextIO) -> None:
+    session.clear()
+    output.write("Cleared.\n")
+
+
+def _history(session: ChatSession, output: TextIO) -> None:
+    for message in session.messages:
+        output.write(f"{message['role'].upper()}: {_shown(message['content'])}\n")
+    for image in session.waiting_images:
+        output.write(f"waiting: {_shown([{'type': 'image', 'image': image}])}\n")
+
+
+def _shown(content: str | Sequence[dict]) -> str:
+    """A message's content in one piece of text, images by their names."""
+    if isinstance(content, str):
+        return content
+    names = [
+        f"[{part['image']}] " if isinstance(part["image"], (str, Path)) else "[an image] "
+        for part in content
+        if part["type"] == "image"
+    ]
+    return "".join(names) + "".join(part["text"] for part in content if part["type"] == "text")
+
+
+def _stats(session: ChatSession, output: TextIO) -> None:
+    answer = session.statistics
+    if answer is None:
+        output.write("There is no answer yet.\n")
+        return
+    output.write(
+        f"prompt: {answer.prompt_tokens} tokens, {answer.image_tokens} of images; "
+        f"{answer.cached_tokens} were known from earlier turns\n"
+        f"answer: {answer.completion_tokens} tokens; {_ENDINGS[answer.finish_reason]}\n"
+        f"first token after {answer.first_token_seconds:.2f} s, then {answer.tokens_per_second:.1f} tokens per second\n"
+    )
+
+
+def _image(session: ChatSession, rest: str, output: TextIO) -> None:
+    for path in _split_paths(rest):
+        session.add_image(path)
+        output.write(f"{path} goes with your next question.\n")
+
+
+def _system(session: ChatSession, rest: str, output: TextIO) -> None:
+    session.set_system(rest)
+    output.write("New system prompt; the conversation starts over.\n")
+
+
+def _save(session: ChatSession, rest: str, output: TextIO) -> None:
+    save_chat(rest, session.messages)
+    output.write(f"Saved as {rest}.\n")
+
+
+def _load(session: ChatSession, rest: str, output: TextIO) -> None:
+    session.load(rest)
+    output.write(f"Going on from {rest}.\n")
+    _history(session, output)
+
+
+_ACTIONS = {
+    "/help": _help,
+    "/again": _again,
+    "/regenerate": _again,
+    "/undo": _undo,
+    "/clear": _clear,
+    "/history": _history,
+    "/stats": _stats,
+}
+_ACTIONS_WITH_TEXT = {"/image": _image, "/system": _system, "/save": _save, "/load": _load}
+
+
 def _split_paths(text: str) -> list[str]:
     try:
-        paths = shlex.split(text)
+        return shlex.split(text)
     except ValueError as error:
         raise UserError(f"/image {text}: {error}; quote paths that contain blanks") from error
-    if not paths:
-        raise UserError("/image needs a path, such as /image photo.jpg")
-    return paths
 
 
 def chat_loop(session: ChatSession, source: TextIO, output: TextIO, interactive: bool) -> None:
     """Read questions and commands line by line until the end of input or /exit."""
     while True:
-        if interactive:
-            output.write("USER: ")
-            output.flush()
         try:
-            line = source.readline()
+            line = _read_line(source, output, interactive)
         except KeyboardInterrupt:
             output.write("\n")
             return
@@ -159,6 +265,27 @@ def chat_loop(session: ChatSession, source: TextIO, output: TextIO, interactive:
             output.write(f"{error}\n")
 
 
+def _read_line(source: TextIO, output: TextIO, interactive: bool) -> str:
+    """One line with its line break; "" at the end of input."""
+    if interactive and source is sys.stdin:
+        try:
+            return input(_PROMPT) + "\n"  # with the editing and the history of readline, once that is imported
+        except EOFError:
+            return ""
+    if interactive:
+        output.write(_PROMPT)
+        output.flush()
+    return source.readline()
+
+
+def _edit_lines() -> None:
+    """Let arrow keys edit a line and bring earlier ones back, where Python has readline."""
+    try:
+        import readline  # noqa: F401 - input() uses it once it is imported
+    except ImportError:
+        return
+
+
 def build_parser(prog: str = "llava-saep chat") -> argparse.ArgumentParser:
     """Return the parser; its flags carry LLaVA's names."""
     parser = AbbreviatingParser(prog=prog, description=__doc__)
@@ -175,6 +302,8 @@ def build_parser(prog: str = "llava-saep chat") -> argparse.ArgumentParser:
     parser.add_flag("temperature", type=float, default=0.2, help="0 decodes greedily (default: %(default)s)")
     parser.add_flag("top-p", type=float, default=1.0)
     parser.add_flag("max-new-tokens", type=int, default=512)
+    add_engine_flags(parser)
+    parser.add_flag("seed", type=int, help="makes sampled answers repeat themselves")
     parser.add_flag("debug", action="store_true", help="print each prompt as the model sees it, and its answer")
     parser.add_flag(
         "trust-projector-code",
@@ -191,7 +320,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError, ProjectorError: a flag, the model's folder or an image is wrong.
     """
     args = build_parser().parse_args(argv)
-    options = GenerationOptions(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p)
+    options = GenerationOptions(
+        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed
+    )
+    settings = engine_settings_from(args)
     images = [find_image(path) for path in args.image_file]  # before the model is loaded, which may take long
     engine = LocalEngine.from_pretrained(
         args.model_path,
@@ -200,6 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         quantization=QuantizationConfig.for_loading(load_4bit=args.load_4bit, load_8bit=args.load_8bit),
         model_base=args.model_base,
         template=args.conv_mode,
+        settings=settings,
     )
     session = ChatSession(engine, engine.predictor.fit(options), waiting_images=images, shows_prompts=args.debug)
     if args.query is not None:
@@ -209,5 +342,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if interactive:
         model = engine.description
         print(f"{args.model_path}: {model.projector} projector, {model.tokens_per_image} tokens per image. Try /help.")
+        _edit_lines()
     chat_loop(session, sys.stdin, sys.stdout, interactive)
     return 0

@@ -20,6 +20,7 @@ from llava_saep.serve.access import add_access_flags, bind_socket, check_access
 from llava_saep.serve.demo.accounts import hash_password, password_check, read_accounts
 from llava_saep.serve.demo.catalog import ModelCatalog, ModelEntry, describe_folder, find_models
 from llava_saep.serve.demo.settings import MAX_HISTORY_BYTES, DemoSettings
+from llava_saep.serve.engine_flags import add_engine_flags, engine_settings_from
 from llava_saep.serve.limits import add_limit_flags, limits_from
 from llava_saep.serve.remote import Endpoint, read_api_key, remote_engines
 
@@ -53,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_flag("temperature", type=float, default=0.2, help="where the slider stands (default: %(default)s)")
     parser.add_flag("top-p", type=float, default=1.0, help="likewise (default: %(default)s)")
+    add_engine_flags(parser)
     _add_storage_flags(parser)
     add_access_flags(parser, port=PORT)
     parser.add_flag("auth-file", help="who may see the page: a file with lines of name:password or name:hash")
@@ -122,6 +124,7 @@ def build_catalog(args: argparse.Namespace) -> ModelCatalog:
             "quantization": QuantizationConfig.for_loading(load_4bit=args.load_4bit, load_8bit=args.load_8bit),
             "model_base": args.model_base,
             "template": args.conv_mode,
+            "settings": engine_settings_from(args),
         },
     )
     if args.model_path is not None:

@@ -55,6 +55,26 @@ def test_closing_stops_the_model_and_frees_it_for_the_next(engine, images):
     assert "".join(engine.stream(ask([], "Why?"), GREEDY))
 
 
+def test_question_that_waits_is_taken_back_at_once(engine, predictor, monkeypatch):
+    """Closing it waits for no other answer, which may take minutes."""
+    generate, may_go_on = predictor.model.generate, threading.Event()
+
+    def slow(**kwargs):
+        may_go_on.wait(30)
+        return generate(**kwargs)
+
+    monkeypatch.setattr(predictor.model, "generate", slow)
+    first, waiting = engine.stream(ask([], "Why?"), GREEDY), engine.stream(ask([], "When?"), GREEDY)
+    waiting.close()
+    waiting.close()
+    assert list(waiting) == []
+    assert waiting.statistics.finish_reason == "cancelled" and waiting.statistics.completion_tokens == 0
+    with pytest.raises(RuntimeError):
+        first.statistics  # noqa: B018 - it has not even begun
+    may_go_on.set()
+    assert "".join(first)
+
+
 def test_stream_that_nobody_reads_any_more_stops(engine, images):
     stream = engine.stream(ask(images[:1], "What is it?"), LONG)
     answer = stream._answer

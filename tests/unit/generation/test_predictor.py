@@ -4,8 +4,11 @@ import pytest
 import torch
 from PIL import Image
 
+from llava_saep.bench.random_chat_model import build_chat_model
+from llava_saep.bench.training.shapes import PRESETS
 from llava_saep.errors import UserError
 from llava_saep.generation import GenerationOptions, Predictor, content_with_placeholders, parse_messages
+from projectors import select_projector
 from tests.fixtures.conversations import ask
 
 GREEDY = GenerationOptions(max_new_tokens=8, temperature=0.0)
@@ -142,3 +145,12 @@ def test_answers_limit_leaves_room_for_a_prompt(predictor):
         max_new_tokens=256, num_beams=2
     )
     assert predictor.fit(GREEDY) == GREEDY
+
+
+def test_stop_string_that_no_token_writes_is_passed_over(predictor):
+    """The vocabulary of numbered words has no "#", which ends an answer of v0; transformers refuses such a stop."""
+    words = build_chat_model(PRESETS["tiny"], select_projector("linear"), torch.float32, torch.device("cpu"), seed=0)
+    asked = Predictor(words.model, words.processor, template="v0")
+    (answer,) = asked.generate([ask([], "w17 w18")], GREEDY)
+    assert len(answer.split()) == GREEDY.max_new_tokens
+    assert Predictor(predictor.model, predictor.processor, template="v0").decoding(GREEDY)["stop_strings"] == ["###"]

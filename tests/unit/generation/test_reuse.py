@@ -264,7 +264,7 @@ def test_memory_of_earlier_chats_is_given_up_for_a_new_one(saep, images, monkeyp
 
 
 def test_settings_that_do_not_go_together_are_refused(saep):
-    with pytest.raises(UserError, match="add cache static"):
+    with pytest.raises(UserError, match="needs --kv-cache static"):
         EngineSettings(compile=True)
     with pytest.raises(UserError, match="dynamic or static, got 'sliding'"):
         EngineSettings(cache="sliding")

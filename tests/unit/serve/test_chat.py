@@ -10,9 +10,37 @@ import pytest
 from PIL import Image
 
 from llava_saep.errors import UserError
-from llava_saep.generation import GenerationOptions
-from llava_saep.serve.chat import ChatSession, chat_loop, run_command
+from llava_saep.generation import AnswerStatistics, AnswerStream, EngineSettings, GenerationOptions
+from llava_saep.serve.chat import ChatSession, build_parser, chat_loop, run_command
+from llava_saep.serve.engine_flags import engine_settings_from
 from tests.fixtures.tiny import write_image
+
+
+class RecordedAnswer(AnswerStream):
+    """Two pieces, and statistics of their own."""
+
+    def __init__(self, pieces):
+        self.pieces = iter(pieces)
+        self.is_closed = False
+
+    def __next__(self):
+        return next(self.pieces)
+
+    def close(self):
+        self.is_closed = True
+
+    @property
+    def statistics(self):
+        return AnswerStatistics(
+            prompt_tokens=50,
+            image_tokens=9,
+            cached_tokens=40,
+            completion_tokens=11,
+            finish_reason="cancelled" if self.is_closed else "length",
+            waiting_seconds=0.0,
+            first_token_seconds=0.25,
+            seconds=0.75,
+        )
 
 
 class RecordingEngine:
@@ -24,8 +52,7 @@ class RecordingEngine:
 
     def stream(self, messages, options):
         self.seen.append(messages)
-        yield "answer "
-        yield str(len(messages))
+        return RecordedAnswer(["answer ", str(len(messages))])
 
 
 @pytest.fixture
@@ -79,7 +106,6 @@ def test_failed_answer_leaves_the_conversation_as_it_was(session, tmp_path):
 
     def fail(messages, options):
         raise UserError("too long")
-        yield
 
     session.engine.stream = fail
     assert "too long" in run(session, "what?\n")
@@ -121,3 +147,71 @@ def test_prompt_is_shown_when_it_is_asked_for(session):
     session.shows_prompts = True
     session.engine.predictor = SimpleNamespace(prompt_text=lambda messages: f"the text of {len(messages)}")
     assert run(session, "one\n").endswith("{'prompt': 'the text of 1', 'outputs': 'answer 1'}\n")
+
+
+def test_last_question_is_answered_again(session):
+    assert "no question to answer again" in run(session, "/again\n")
+    output = run(session, "one\ntwo\n/again\n")
+    assert session.engine.seen[-1] == session.engine.seen[-2]
+    assert output.endswith("ASSISTANT: answer 3\nASSISTANT: answer 3\n")
+    assert [message["role"] for message in session.messages] == ["user", "assistant"] * 2
+
+
+def test_stats_tell_tokens_and_times_of_the_last_answer(session):
+    assert "no answer yet" in run(session, "/stats\n")
+    output = run(session, "one\n/stats\n")
+    assert "prompt: 50 tokens, 9 of images; 40 were known from earlier turns" in output
+    assert "answer: 11 tokens; its length is limited (--max-new-tokens)" in output
+    assert "first token after 0.25 s, then 20.0 tokens per second" in output  # ten tokens in half a second
+
+
+def test_interrupted_answer_stays_as_far_as_it_came(session):
+    def interrupted():
+        yield "so far"
+        raise KeyboardInterrupt
+
+    answer = RecordedAnswer(interrupted())
+    session.engine.stream = lambda messages, options: answer
+    assert run(session, "one\n/stats\n").startswith("ASSISTANT: so far [stopped]\n")
+    assert answer.is_closed and session.messages[-1] == {"role": "assistant", "content": "so far"}
+
+
+def test_history_shows_images_by_their_names(session, tmp_path):
+    image = write_image(tmp_path / "a.png")
+    output = run(session, f"/image {image}\nwhat?\n/image {image}\n/history\n")
+    assert f"USER: [{image}] what?\nASSISTANT: answer 1\nwaiting: [{image}] \n" in output
+
+
+def test_saved_chat_goes_on_with_its_images(session, tmp_path):
+    image = write_image(tmp_path / "a.png")
+    session.waiting_images = [image, Image.open(image).convert("RGB")]
+    file = tmp_path / "chat.json"
+    run(session, f"/system Be brief.\nwhat?\n/save {file}\n")
+    other = ChatSession(RecordingEngine(), GenerationOptions())
+    output = run(other, f"/load {file}\nand?\n")
+    assert "Going on from" in output and "SYSTEM: Be brief." in output
+    assert [message["role"] for message in other.messages] == ["system", "user", "assistant", "user", "assistant"]
+    by_path, inside, text = other.messages[1]["content"]
+    assert by_path["image"] == image and text == {"type": "text", "text": "what?"}
+    assert inside["image"].tobytes() == Image.open(image).convert("RGB").tobytes()
+    assert "exists already" in run(session, f"/save {file}\n")
+    image.unlink()
+    assert "is gone" in run(session, f"/load {file}\n")
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"messages": 3}', '{"messages": [{"role": "robot", "content": "x"}]}'])
+def test_file_that_is_no_chat_is_named(session, tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    run(session, "one\n")
+    assert "is no chat that /save has written" in run(session, f"/load {tmp_path}/a.json\n")
+    assert len(session.messages) == 2
+
+
+def test_engine_flags_become_settings():
+    parse = build_parser().parse_args
+    assert engine_settings_from(parse(["--model-path", "m"])) == EngineSettings()
+    given = "--model-path m --kv-cache static --compile --kv_cache_tokens 900 --cached-chats 1 --cached-bytes 5".split()
+    expected = EngineSettings(cache="static", compile=True, max_length=900, max_conversations=1, max_cache_bytes=5)
+    assert engine_settings_from(parse(given)) == expected
+    with pytest.raises(UserError, match="needs --kv-cache static"):
+        engine_settings_from(parse(["--model-path", "m", "--compile"]))
