@@ -1,4 +1,4 @@
-"""The configuration of docs/serving.md, in a real nginx: TLS, pieces that arrive as they come, keys, a page under a path."""
+"""The configuration of docs/serving.md in a real nginx: TLS, pieces as they come, a page under a path."""
 
 import os
 import shutil
@@ -6,7 +6,6 @@ import socket
 import ssl
 import subprocess
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -14,7 +13,7 @@ import pytest
 
 from llava_saep.generation import GenerationOptions
 from llava_saep.serve.remote import Endpoint, remote_engines
-from tests.fixtures.programs import ROOT, running
+from tests.fixtures.programs import ROOT, running, wait_for_port
 
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -79,22 +78,11 @@ def nginx(tmp_path_factory, ports):
     with (folder / "log").open("w") as log:
         process = subprocess.Popen([NGINX, "-p", folder, "-c", folder / "main.conf"], stdout=log, stderr=log)
     try:
-        _wait_for_port(ports.https, process, folder / "log")
+        wait_for_port(ports.https, process)
         yield folder
     finally:
         process.terminate()
         process.wait(10)
-
-
-def _wait_for_port(port, process, log):
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()
-        with socket.socket() as connection:
-            if connection.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.05)
-    raise AssertionError(log.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +93,7 @@ def api(nginx, ports, model_folder, tmp_path_factory):
     environment = {"LLAVA_SAEP_API_KEY": KEY}
     with running("serve", "--model-path", model_folder, *flags, log=log, environment=environment) as program:
         program.wait_for("Serving at", seconds=120)
+        wait_for_port(ports.api, program.process)
         yield f"https://localhost:{ports.https}"
 
 
@@ -191,10 +180,10 @@ def test_browser_shows_the_page_under_its_path(demo):
         page.locator("input[type=password]").fill(PASSWORD)
         failed.clear()
         page.get_by_role("button", name="Login").click()
-        box = page.locator("textarea").first
-        box.wait_for()
-        box.fill("Say hello.")
-        box.press("Enter")
-        page.locator(".bot").first.wait_for()
+        page.wait_for_function("localStorage.getItem('llava-saep-demo')")  # the visitor's chats have come
+        page.wait_for_timeout(300)
+        page.fill("#question textarea", "Say hello.")
+        page.press("#question textarea", "Enter")
+        page.locator("#chat [data-testid=bot]").first.wait_for()
         browser.close()
     assert not failed

@@ -91,8 +91,9 @@ def run_server(server: uvicorn.Server, bound: socket.socket) -> None:
         KeyboardInterrupt: Ctrl-C ended it.
     """
     if threading.current_thread() is threading.main_thread():
-        # uvicorn raises the signal once more when it has ended; the default would kill the process then.
-        signal.signal(signal.SIGTERM, lambda number, frame: None)
+        # One that comes before uvicorn listens for signals is not lost; and uvicorn raises the signal once more when it
+        # has ended, when the default would kill the process.
+        signal.signal(signal.SIGTERM, lambda number, frame: setattr(server, "should_exit", True))
     try:
         server.run(sockets=[bound])
     except OSError as error:
