@@ -33,9 +33,7 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9aa5b1; --paper: #0f1419; --line: #333c47;
   --band: #171e26; --mark: #6cb6ff; --reference: #ff8a80; --others: #6b7684; } }
 @media print { :root { color-scheme: light; --ink: #000; --soft: #444; --paper: #fff; --line: #bbb; --band: #fff;
-  --mark: #0b5cad; --reference: #b3261e; --others: #9aa3ad; }
-  figure, tr, .card { break-inside: avoid; } svg.chart { min-width: 0; }
-  details > * { display: block; } body { font-size: 10pt; } }
+  --mark: #0b5cad; --reference: #b3261e; --others: #9aa3ad; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 74rem; padding: 1.5rem; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif; }
@@ -59,6 +57,10 @@ svg text.label { fill: var(--ink); } .grid { stroke: var(--line); stroke-width: 
 .card img { flex: none; image-rendering: pixelated; align-self: flex-start; max-width: 8rem; height: auto; }
 .card ul { list-style: none; margin: .3rem 0 0; padding: 0; font-size: .86rem; } .card p { margin: 0; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; background: var(--band); padding: .7rem; }
+@media print { body { font-size: 9pt; padding: 0; } .wide { overflow: visible; } table { font-size: 6.5pt; }
+  th, td { white-space: normal; padding: .15rem .25rem; } .interval { font-size: 6pt; } svg.chart { min-width: 0; }
+  figure, tr, .card, svg { break-inside: avoid; }
+  details::details-content { content-visibility: visible; height: auto; } }
 """
 
 _SCOPE = (
