@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from llava_saep.errors import UserError
 from llava_saep.evaluation import ranks
 from llava_saep.evaluation.fingerprints import model_fingerprint, text_fingerprint
 from llava_saep.evaluation.image_loading import open_image
-from llava_saep.evaluation.runner import Asking, BadImagePolicy, question_messages
+from llava_saep.evaluation.runner import Asking, BadImagePolicy, PromptLengths, question_messages
 from llava_saep.evaluation.tasks import EmbeddedImage, TaskQuestion
 from llava_saep.evaluation.tasks._base import ImageSource
 
@@ -84,7 +84,7 @@ class AskedModel:
             batch_size=batch_size,
             blind=blind,
             open_image=partial(_open_for, self.predictor),
-            prompt_length=prompt_length_of(self.predictor, blind=blind),
+            prompt_lengths=prompt_lengths_of(self.predictor, blind=blind),
             on_bad_image=on_bad_image,
         )
 
@@ -137,32 +137,46 @@ class AskedModel:
         return text_fingerprint(facts)
 
 
-def prompt_length_of(predictor: Predictor, *, blind: bool = False) -> Callable[[TaskQuestion], int]:
-    """How many tokens a question's prompt has, images included; nothing but heads of image files is read."""
+def prompt_lengths_of(predictor: Predictor, *, blind: bool = False) -> PromptLengths:
+    """How many tokens prompts have, images included, to within a few; of image files no more than the head is read."""
     processor = predictor.processor
-    tokens_per_view = predictor.num_image_tokens
 
-    def count(question: TaskQuestion) -> int:
-        text = predictor.prompt_text(_without_pixels(question, blind=blind))
-        num_text_tokens = len(processor.tokenizer(text, add_special_tokens=False).input_ids)
-        images = () if blind else question.images
-        if processor.image_aspect_ratio != "anyres":
-            return num_text_tokens + tokens_per_view * len(images)
-        return num_text_tokens + sum(_num_tokens(processor, image, tokens_per_view) for image in images)
+    def count(texts: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in processor.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 
-    return count
+    def lengths(questions: Sequence[TaskQuestion]) -> list[int]:
+        if not questions:
+            return []
+        # The template adds the same to all of them, so it is rendered once: a benchmark may have 400,000 questions.
+        example = predictor.prompt_text(_without_pixels(questions[0], blind=blind))
+        template_tokens = count([example])[0] - count([questions[0].text])[0]
+        images = [() if blind else question.images for question in questions]
+        num_image_tokens = _image_token_counter(predictor)
+        return [
+            template_tokens + num_text_tokens + sum(map(num_image_tokens, own))
+            for num_text_tokens, own in zip(count([question.text for question in questions]), images, strict=True)
+        ]
+
+    return lengths
 
 
-def _num_tokens(processor: Any, image: ImageSource, tokens_per_view: int) -> int:
+def _image_token_counter(predictor: Predictor) -> Callable[[ImageSource], int]:
     from llava_saep.data.images import processed_image_size, read_image_size
 
-    if isinstance(image, EmbeddedImage):
-        return tokens_per_view  # its size is not known without decoding it, and lengths are for sorting alone
-    try:
-        size = read_image_size(image, apply_exif_orientation=processor.apply_exif_orientation)
-    except UserError:
-        return 0  # reported when it is to be opened
-    return processor.image_tokens.num_tokens(size, processed_image_size(processor.image_processor))
+    processor, tokens_per_view = predictor.processor, predictor.num_image_tokens
+    view, image_tokens = processed_image_size(processor.image_processor), processor.image_tokens
+
+    def count(image: ImageSource) -> int:
+        # The size of one in a table is not known without decoding it, and lengths are for sorting alone.
+        if processor.image_aspect_ratio != "anyres" or isinstance(image, EmbeddedImage):
+            return tokens_per_view
+        try:
+            size = read_image_size(image, apply_exif_orientation=processor.apply_exif_orientation)
+        except UserError:
+            return 0  # reported when it is to be opened
+        return image_tokens.num_tokens(size, view)
+
+    return count
 
 
 def _without_pixels(question: TaskQuestion, *, blind: bool = False) -> list[dict[str, Any]]:

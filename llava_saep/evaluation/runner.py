@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 Messages = list[dict[str, Any]]
 GenerateBatch = Callable[[list[Messages]], list[str]]
 """Conversations -> one generated text each, in their order; `Predictor.generate` with its options bound."""
+PromptLengths = Callable[[Sequence[TaskQuestion]], list[int]]
 BadImagePolicy = Literal["exclude", "error"]
 
 _NO_MEMORY = ("can't allocate memory", "out of memory")
@@ -50,7 +51,7 @@ class Asking:
         batch_size: how many at once; fewer from the moment when they do not fit into memory.
         blind: leave the images out and change nothing else.
         open_image: makes a PIL image of a path, or of one that stands in the question file.
-        prompt_length: tokens of a question's prompt, images included; None: questions keep their order.
+        prompt_lengths: tokens of questions' prompts, images included; None: questions keep their order.
         on_bad_image: what becomes of a question that cannot be put, since its image will not open or its prompt is
             longer than the model's context. "exclude": it gets no answer, and is reported.
     """
@@ -59,7 +60,7 @@ class Asking:
     batch_size: int
     blind: bool = False
     open_image: OpenImage = open_image
-    prompt_length: Callable[[TaskQuestion], int] | None = None
+    prompt_lengths: PromptLengths | None = None
     on_bad_image: BadImagePolicy = "exclude"
 
 
@@ -177,8 +178,8 @@ def _plan(
         logger.info(
             "%s: %d of %d answers are there already", path, len(questions) - len(open_positions), len(questions)
         )
-    length = asking.prompt_length or (lambda question: 0)
-    lengths = [length(questions[position]) for position in open_positions]
+    open_questions = [questions[position] for position in open_positions]
+    lengths = asking.prompt_lengths(open_questions) if asking.prompt_lengths else [0] * len(open_questions)
     batches = plan_batches(lengths, asking.batch_size, num_ranks=num_ranks)
     return [tuple(open_positions[index] for index in batch) for batch in batches]
 

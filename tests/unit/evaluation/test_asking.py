@@ -2,7 +2,7 @@
 
 import pytest
 
-from llava_saep.evaluation.asking import AskedModel, ModelChoice, prompt_length_of
+from llava_saep.evaluation.asking import AskedModel, ModelChoice, prompt_lengths_of
 from llava_saep.evaluation.runner import answer_questions
 from llava_saep.evaluation.tasks import EmbeddedImage, TaskQuestion, find_task
 from llava_saep.generation import GenerationOptions, Predictor
@@ -50,8 +50,8 @@ def test_batched_answers_equal_those_to_single_questions(name, batch_size, quest
 @pytest.mark.parametrize("name", MODELS)
 def test_prompt_lengths_are_those_of_the_tokens_that_the_model_gets(name, questions):
     predictor = Predictor.from_pretrained(MODELS[name], device="cpu")
-    count = prompt_length_of(predictor)
-    for question in questions:
+    lengths = prompt_lengths_of(predictor)(questions)
+    for question, length in zip(questions, lengths, strict=True):
         text = predictor.prompt_text(
             [
                 {
@@ -65,16 +65,18 @@ def test_prompt_lengths_are_those_of_the_tokens_that_the_model_gets(name, questi
         )
         inputs = predictor.processor(images=[str(image) for image in question.images] or None, text=text)
         # Text around a marker is tokenised apart from the rest, which makes a token or two of difference.
-        assert abs(count(question) - inputs["input_ids"].shape[1]) <= 3
+        assert abs(length - inputs["input_ids"].shape[1]) <= 3
 
 
 def test_length_of_a_blind_prompt_has_no_image_and_absent_files_wait_for_their_turn(questions, tmp_path):
     predictor = Predictor.from_pretrained(TINY_MODEL_WITH_CROPS, device="cpu")
-    seeing, blind = prompt_length_of(predictor), prompt_length_of(predictor, blind=True)
-    assert seeing(questions[0]) - blind(questions[0]) >= predictor.num_image_tokens
+    (seeing,) = prompt_lengths_of(predictor)(questions[:1])
+    (blind,) = prompt_lengths_of(predictor, blind=True)(questions[:1])
+    assert seeing - blind >= predictor.num_image_tokens
     absent = TaskQuestion(question_id=1, text="?", prompt="?", images=(tmp_path / "absent.png",))
     embedded = TaskQuestion(question_id=1, text="?", prompt="?", images=(EmbeddedImage("bm9uZQ=="),))
-    assert 0 < seeing(absent) < seeing(embedded)
+    lengths = prompt_lengths_of(predictor)([absent, embedded])
+    assert 0 < lengths[0] < lengths[1]
 
 
 def test_adapter_is_evaluated_with_its_base(questions, tmp_path):

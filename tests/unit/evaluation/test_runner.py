@@ -173,7 +173,7 @@ def test_prompts_of_similar_length_go_together_and_answers_keep_the_order_of_the
     texts = ["aaaa", "a", "aaaaa", "aa"]
     model = Model()
     questions = [question(index, text) for index, text in enumerate(texts)]
-    answers = answer(model, path, questions, prompt_length=lambda asked: len(asked.text))
+    answers = answer(model, path, questions, prompt_lengths=lambda asked: [len(each.text) for each in asked])
     assert model.batches == [["aaaaa", "aaaa"], ["aa", "a"]]
     assert answers.texts == [f"answer to {text}" for text in texts] == [record["text"] for record in lines(path)]
 
