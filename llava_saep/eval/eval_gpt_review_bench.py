@@ -83,7 +83,7 @@ def read_rules(path: Path) -> dict[str, bench.JudgeRule]:
         UserError: the file is absent or malformed.
     """
     return {
-        category: bench.JudgeRule(*(required(rule, name, f"{path}: {category}") for name in ("prompt", "role")))
+        category: bench.JudgeRule(*(required(rule, name, f"{path}: {category}", str) for name in ("prompt", "role")))
         for category, rule in read_json(path, dict).items()
     }
 

@@ -24,10 +24,10 @@ def read_captions_and_boxes(path: Path) -> dict[str, str]:
         place = f"{path}, record {number}"
         boxes = [
             f"{required(each, 'category', place)}: {required(each, 'bbox', place)}"
-            for each in required(record, "instances", place)
+            for each in required(record, "instances", place, list)
         ]
-        captions = "\n".join(required(record, "captions", place))
-        contexts[required(record, "image", place)] = captions + "\n\n" + "\n".join(boxes)
+        captions = "\n".join(map(str, required(record, "captions", place, list)))
+        contexts[required(record, "image", place, str)] = captions + "\n\n" + "\n".join(boxes)
     return contexts
 
 

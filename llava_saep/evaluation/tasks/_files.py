@@ -70,11 +70,27 @@ def _parsed_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
         yield f"{path}, line {number}", record if isinstance(record, dict) else None
 
 
-def required(record: Mapping[str, Any], name: str, place: str) -> Any:
-    """A field of a record; UserError with the fields that are there when it lacks."""
+_KIND_WORDS = {str: "a text", list: "a list", dict: "an object", int: "a whole number"}
+ID = (str, int)
+"""Kinds of value that number questions and images."""
+
+
+def required(record: Any, name: str, place: str, kind: type | tuple[type, ...] = object) -> Any:
+    """A field of a JSON object.
+
+    Raises:
+        UserError: the record is no object, lacks the field, or the value is not a `kind`; begins with `place`.
+    """
+    if not isinstance(record, Mapping):
+        raise UserError(f"{place}: expected an object with {name!r}, found {type(record).__name__}")
     if name not in record:
-        raise UserError(f"{place}: lacks {name!r}; it has {', '.join(map(repr, record)) or 'nothing'}")
-    return record[name]
+        raise UserError(f"{place}: lacks {name!r}; it has {', '.join(map(repr, list(record)[:10])) or 'nothing'}")
+    value = record[name]
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not object):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        words = " or ".join(_KIND_WORDS.get(each, each.__name__) for each in kinds)
+        raise UserError(f"{place}: {name} must be {words}, found {value!r}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -111,9 +127,7 @@ def read_answers(path: Path) -> list[Answer]:
 
 
 def _answer(record: dict[str, Any], place: str) -> Answer:
-    question_id, text = required(record, "question_id", place), required(record, "text", place)
-    if isinstance(question_id, bool) or not isinstance(question_id, str | int) or not isinstance(text, str):
-        raise UserError(f"{place}: expected question_id (text or integer) and text, found {question_id!r} and {text!r}")
+    question_id, text = required(record, "question_id", place, ID), required(record, "text", place, str)
     prompt = record.get("prompt", "")
     return Answer(question_id=question_id, text=text, prompt=prompt if isinstance(prompt, str) else "", fields=record)
 

@@ -12,9 +12,12 @@ whose slips are part of all published numbers and are kept:
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from llava_saep.errors import UserError
+
+from ._files import required
 
 NUM_HUMAN_ANSWERS = 10
 
@@ -82,13 +85,13 @@ def normalize_words(text: str) -> str:
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
-def human_agreement(human_answers: Sequence[str]) -> dict[str, float]:
+def human_agreement(said: Sequence[str]) -> dict[str, float]:
     """Score of each answer that a person gave, after normalisation: how many of the nine others said it, in thirds.
 
     Returns:
         normalised answer -> score in [0, 1], averaged over leaving each person out.
     """
-    answers = [normalize_vqa_answer(answer) for answer in human_answers]
+    answers = [normalize_vqa_answer(answer) for answer in said]
     scores = {}
     for answer in dict.fromkeys(answers):
         others = (answers.count(answer) - (left_out == answer) for left_out in answers)
@@ -96,14 +99,22 @@ def human_agreement(human_answers: Sequence[str]) -> dict[str, float]:
     return scores
 
 
-def vqa_score(generated: str, human_answers: Sequence[str], place: str) -> float:
+def human_answers(annotation: Mapping[str, Any], place: str) -> list[str]:
+    """The answers of an annotation: texts (TextVQA), or objects with an `answer` (VQAv2, VizWiz).
+
+    Raises:
+        UserError: they are absent or something else; begins with `place`.
+    """
+    answers = required(annotation, "answers", place, list)
+    return [each if isinstance(each, str) else required(each, "answer", place, str) for each in answers]
+
+
+def vqa_score(generated: str, truths: Sequence[str], place: str) -> float:
     """Soft accuracy, in [0, 1], of a generated answer.
 
     Raises:
         UserError: not ten human answers; `place` says whose.
     """
-    if len(human_answers) != NUM_HUMAN_ANSWERS:
-        raise UserError(
-            f"{place}: has {len(human_answers)} answers of people; the score is defined for {NUM_HUMAN_ANSWERS}"
-        )
-    return human_agreement(human_answers).get(normalize_vqa_answer(generated), 0.0)
+    if len(truths) != NUM_HUMAN_ANSWERS:
+        raise UserError(f"{place}: has {len(truths)} answers of people; the score is defined for {NUM_HUMAN_ANSWERS}")
+    return human_agreement(truths).get(normalize_vqa_answer(generated), 0.0)

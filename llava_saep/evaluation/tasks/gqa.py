@@ -60,7 +60,7 @@ class GQA(Task):
             self.questions(folder, split), answers, lambda each: annotations.get(str(each.question_id)), str(path)
         )
         is_right = [
-            float(text is not None and normalize_gqa_answer(text) == required(annotation, "answer", str(path)))
+            float(text is not None and normalize_gqa_answer(text) == required(annotation, "answer", str(path), str))
             for annotation, text in zip(matched.labels, matched.texts, strict=True)
         ]
         return TaskResult(
@@ -77,9 +77,17 @@ class GQA(Task):
 
 
 def _rows(annotations: Sequence[dict[str, Any]], is_right: Sequence[float]) -> tuple[CategoryRow, ...]:
-    structures = [annotation.get("types", {}).get("structural", "unknown") for annotation in annotations]
+    structures = [
+        str(annotation["types"]["structural"]) if _has_structure(annotation) else "unknown"
+        for annotation in annotations
+    ]
     forms = ["open" if structure == "query" else "binary" for structure in structures]
     return mean_rows(grouped(forms, is_right)) + mean_rows(grouped(structures, is_right))
+
+
+def _has_structure(annotation: dict[str, Any]) -> bool:
+    types = annotation.get("types")
+    return isinstance(types, dict) and "structural" in types
 
 
 TASK = GQA()

@@ -204,9 +204,9 @@ def read_contexts(path: Path) -> dict[str, str]:
     """Description of each image of a context file, several sentences on lines of their own."""
     contexts = {}
     for number, record in enumerate(read_json_lines(path), 1):
-        caption = required(record, "caption", f"{path}, record {number}")
-        contexts[required(record, "image", f"{path}, record {number}")] = (
-            caption if isinstance(caption, str) else "\n".join(caption)
+        caption = required(record, "caption", f"{path}, record {number}", (str, list))
+        contexts[required(record, "image", f"{path}, record {number}", str)] = (
+            caption if isinstance(caption, str) else "\n".join(map(str, caption))
         )
     return contexts
 

@@ -166,12 +166,12 @@ def _request(question: TaskQuestion, text: str, annotations: Mapping[str, Any], 
     if name not in annotations:
         raise UserError(f"{place}: has no entry {name!r}, which {QUESTION_FILE} asks")
     annotation, place = annotations[name], f"{place}: {name}"
-    truth, capability = required(annotation, "answer", place), required(annotation, "capability", place)
+    truth, capability = required(annotation, "answer", place, str), required(annotation, "capability", place, list)
     return JudgeRequest(
         question_id=question.question_id,
         system="",
-        user=judge_prompt(required(annotation, "question", place), truth, text),
-        record={"capability": list(capability)},
+        user=judge_prompt(required(annotation, "question", place, str), truth, text),
+        record={"capability": list(map(str, capability))},
         max_tokens=JUDGE_TOKENS,
         temperature=0.0,
     )

@@ -114,7 +114,7 @@ def label_questions(
     """
     waiting: dict[tuple[str, str], list[str]] = defaultdict(list)
     for annotation in annotations:
-        image, text, label = (required(annotation, name, place) for name in ("image", "text", "label"))
+        image, text, label = (required(annotation, name, place, str) for name in ("image", "text", "label"))
         waiting[image, _bare(text)].append(label)
     labels = [waiting[image, _bare(text)].pop(0) if waiting[image, _bare(text)] else None for image, text in questions]
     left = [f"{image}: {text}" for (image, text), unused in waiting.items() for _ in unused]

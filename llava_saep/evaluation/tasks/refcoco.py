@@ -143,16 +143,16 @@ class RefCOCO(Task):
 
 
 def _question(record: Mapping[str, Any], index: int, folder: Path, place: str) -> TaskQuestion:
-    text = PROMPT + required(record, "sent", place)
-    image = folder / "train2014" / Path(required(record, "image", place)).name
+    text = PROMPT + required(record, "sent", place, str)
+    image = folder / "train2014" / Path(required(record, "image", place, str)).name
     return TaskQuestion(question_id=index, text=text, prompt=text, images=(image,))
 
 
 def _hits(box: Box, record: Mapping[str, Any], padded: bool, place: str) -> bool:
-    numbers = required(record, "bbox", place)
-    if not isinstance(numbers, list) or len(numbers) != 4:
+    numbers = required(record, "bbox", place, list)
+    if len(numbers) != 4 or not all(isinstance(number, int | float) for number in numbers):
         raise UserError(f"{place}: bbox must be [left, top, right, bottom] in pixels, found {numbers!r}")
-    width, height = required(record, "width", place), required(record, "height", place)
+    width, height = (required(record, name, place, int) for name in ("width", "height"))
     return intersection_over_union(box_in_pixels(box, width, height, padded), Box(*numbers)) >= MIN_IOU
 
 

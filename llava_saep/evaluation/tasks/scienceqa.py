@@ -11,7 +11,7 @@ from typing import Any
 from llava_saep.errors import UserError
 
 from ._base import LONG_ANSWER_TOKENS, Answer, CategoryRow, Requirement, Task, TaskQuestion, TaskResult
-from ._files import read_json, required
+from ._files import ID, read_json, required
 from ._matching import collect_exclusions, exclusion, match_answers
 from ._scoring import grouped, mean_metric, mean_rows
 from ._sources import EVAL_ZIP, OPTION_LETTER
@@ -101,8 +101,8 @@ def _outcome(
         prompt=answer.prompt,
         prediction=answer.text,
         letter=letter,
-        index=option_index(letter, len(required(problem, "choices", place)), letters),
-        truth=required(problem, "answer", place),
+        index=option_index(letter, len(required(problem, "choices", place, list)), letters),
+        truth=required(problem, "answer", place, int),
     )
 
 
@@ -113,7 +113,10 @@ def read_problems(folder: Path, split: str) -> tuple[dict[str, Any], list[str]]:
         UserError: a file is absent or malformed, or there is no such split.
     """
     path = folder / "pid_splits.json"
-    return read_json(folder / "problems.json", dict), required(read_json(path, dict), split, str(path))
+    ids = required(read_json(path, dict), split, str(path), list)
+    if not all(isinstance(each, str) for each in ids):
+        raise UserError(f"{path}: {split} must list ids as texts")
+    return read_json(folder / "problems.json", dict), ids
 
 
 def read_science_questions(path: Path, image_folder: Path, ask_for_letter: bool) -> list[TaskQuestion]:
@@ -131,17 +134,15 @@ def read_science_questions(path: Path, image_folder: Path, ask_for_letter: bool)
 
 
 def _question(record: Any, image_folder: Path, ask_for_letter: bool, place: str) -> TaskQuestion:
-    if not isinstance(record, dict):
-        raise UserError(f"{place}: expected an object with id and conversations, found {type(record).__name__}")
-    turns = required(record, "conversations", place)
+    turns = required(record, "conversations", place, list)
     if not turns:
         raise UserError(f"{place}: has no turn to take the question from")
-    text = required(turns[0], "value", place).replace("<image>", "").strip()
+    text = required(turns[0], "value", place, str).replace("<image>", "").strip()
     if ask_for_letter:
         text = f"{text}\n{OPTION_LETTER}"
-    image = record.get("image")
+    image = None if record.get("image") is None else required(record, "image", place, str)
     return TaskQuestion(
-        question_id=required(record, "id", place),
+        question_id=required(record, "id", place, ID),
         text=text,
         prompt=text if image is None else f"<image>\n{text}",
         images=() if image is None else (image_folder / image,),
@@ -202,7 +203,7 @@ class ScienceQA(Task):
 
 
 def _rows(problems: Sequence[Mapping[str, Any]], is_right: Sequence[float]) -> tuple[CategoryRow, ...]:
-    subjects = grouped((problem.get("subject") for problem in problems), is_right)
+    subjects = grouped((str(problem.get("subject", "")) for problem in problems), is_right)
     grades = grouped((_grades(problem) for problem in problems), is_right)
     return mean_rows({name: each for groups in (subjects, grades) for name, each in groups.items() if name})
 

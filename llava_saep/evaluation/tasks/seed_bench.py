@@ -12,7 +12,7 @@ from typing import Any
 from llava_saep.errors import UserError
 
 from ._base import Answer, Requirement, Task, TaskQuestion, TaskResult
-from ._files import read_json, read_task_questions, required, write_json_lines
+from ._files import ID, read_json, read_task_questions, required, write_json_lines
 from ._matching import match_labels
 from ._scoring import grouped, mean_metric, mean_rows
 from ._sources import EVAL_ZIP
@@ -28,11 +28,13 @@ def read_seed_annotations(path: Path) -> tuple[list[dict[str, Any]], dict[int, s
         UserError: the file is absent or malformed.
     """
     content = read_json(path, dict)
-    names = {number: name for name, number in required(content, "question_type", str(path)).items()}
-    questions = required(content, "questions", str(path))
+    types = required(content, "question_type", str(path), dict)
+    names = {required(types, name, f"{path}, question_type", int): name for name in types}
+    questions = required(content, "questions", str(path), list)
     for number, question in enumerate(questions):
-        for field in ("question_id", "question_type_id", "data_type", "answer"):
-            required(question, field, f"{path}, question {number}")
+        kinds = {"question_id": ID, "question_type_id": int, "data_type": str, "answer": str}
+        for field, kind in kinds.items():
+            required(question, field, f"{path}, question {number}", kind)
         if question["question_type_id"] not in names:
             raise UserError(f"{path}, question {number}: unknown question_type_id {question['question_type_id']!r}")
     return questions, names

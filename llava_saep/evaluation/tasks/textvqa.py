@@ -19,7 +19,7 @@ from ._files import read_json, read_task_questions, required
 from ._matching import match_labels
 from ._scoring import mean_metric
 from ._sources import EVAL_ZIP
-from ._vqa_answers import vqa_score
+from ._vqa_answers import human_answers, vqa_score
 
 QUESTION_FILE = "llava_textvqa_val_v051_ocr.jsonl"
 ANNOTATION_FILE = "TextVQA_0.5.1_val.json"
@@ -62,11 +62,15 @@ def read_annotations(path: Path) -> dict[tuple[str, str], Mapping[str, Any]]:
     Raises:
         UserError: the file is absent or malformed.
     """
-    records = required(read_json(path, dict), "data", str(path))
+    records = required(read_json(path, dict), "data", str(path), list)
     return {
-        (required(record, "image_id", str(path)), required(record, "question", str(path)).lower()): record
-        for record in records
+        (required(record, "image_id", f"{path}, entry {i}", str), _question_of(record, f"{path}, entry {i}")): record
+        for i, record in enumerate(records)
     }
+
+
+def _question_of(record: Mapping[str, Any], place: str) -> str:
+    return required(record, "question", place, str).lower()
 
 
 def score_answer(answer: Answer, annotations: Annotations, place: str) -> float:
@@ -83,7 +87,7 @@ def score_answer(answer: Answer, annotations: Annotations, place: str) -> float:
 
 def _annotation_score(text: str, annotation: Mapping[str, Any], place: str) -> float:
     place = f"{place}: image {annotation['image_id']!r}, question {annotation['question']!r}"
-    return vqa_score(text, required(annotation, "answers", place), place)
+    return vqa_score(text, human_answers(annotation, place), place)
 
 
 def without_ocr_tokens(question: TaskQuestion) -> TaskQuestion:

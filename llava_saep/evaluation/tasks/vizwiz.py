@@ -9,11 +9,11 @@ from typing import Any
 from llava_saep.errors import UserError
 
 from ._base import Answer, Requirement, Task, TaskQuestion, TaskResult
-from ._files import read_json, read_json_lines, read_task_questions, required, write_json
+from ._files import ID, read_json, read_json_lines, read_task_questions, required, write_json
 from ._matching import match_labels
 from ._scoring import grouped, mean_metric, mean_rows
 from ._sources import EVAL_ZIP, SHORT_ANSWER
-from ._vqa_answers import normalize_vqa_answer, vqa_score
+from ._vqa_answers import human_answers, normalize_vqa_answer, vqa_score
 
 QUESTION_FILE = "llava_test.jsonl"
 VAL_FILE = "val.json"
@@ -29,14 +29,15 @@ def upload_records(
     Raises:
         UserError: a question has no answer; an incomplete upload is refused by the challenge.
     """
-    missing = [question["question_id"] for question in questions if question["question_id"] not in texts]
+    ids = [required(question, "question_id", place, ID) for question in questions]
+    missing = [each for each in ids if each not in texts]
     if missing:
         raise UserError(
             f"{place}: {len(missing)} of {len(questions)} questions have no answer, the first one {missing[0]!r}; "
             "an upload must answer all"
         )
     return [
-        {"image": required(each, "image", place), "answer": normalize_vqa_answer(texts[each["question_id"]])}
+        {"image": required(each, "image", place, str), "answer": normalize_vqa_answer(texts[each["question_id"]])}
         for each in questions
     ]
 
@@ -75,18 +76,18 @@ class VizWiz(Task):
         if split == "test":
             raise UserError("vizwiz:test: the labels are hidden; EvalAI scores the upload file (challenge 1911)")
         path = folder / VAL_FILE
+        questions = self.questions(folder, split)  # refuses entries without an image
         by_image = {record["image"]: record for record in read_json(path, list)}
-        questions = self.questions(folder, split)
         matched = match_labels(questions, answers, lambda each: by_image.get(each.question_id), str(path))
         scores = [
-            0.0 if text is None else vqa_score(text, _human_answers(record, path), f"{path}: {record['image']}")
+            0.0 if text is None else _score(text, record, f"{path}: {record['image']}")
             for record, text in zip(matched.labels, matched.texts, strict=True)
         ]
         return TaskResult(
             task=self.name,
             split=split,
             metrics=(mean_metric("accuracy", scores),),
-            rows=mean_rows(grouped((record.get("answer_type", "unknown") for record in matched.labels), scores)),
+            rows=mean_rows(grouped((str(record.get("answer_type", "unknown")) for record in matched.labels), scores)),
             exclusions=matched.exclusions,
         )
 
@@ -102,14 +103,13 @@ class VizWiz(Task):
 
 
 def _val_question(record: Mapping[str, Any], folder: Path, place: str) -> TaskQuestion:
-    image, text = required(record, "image", place), required(record, "question", place)
+    image, text = required(record, "image", place, str), required(record, "question", place, str)
     prompt = text + UNANSWERABLE + SHORT_ANSWER
     return TaskQuestion(question_id=image, text=prompt, prompt=prompt, images=(folder / "val" / image,))
 
 
-def _human_answers(record: Mapping[str, Any], path: Path) -> list[str]:
-    place = f"{path}: {record['image']}"
-    return [required(answer, "answer", place) for answer in required(record, "answers", place)]
+def _score(text: str, record: Mapping[str, Any], place: str) -> float:
+    return vqa_score(text, human_answers(record, place), place)
 
 
 TASK = VizWiz()

@@ -14,11 +14,11 @@ from typing import Any
 from llava_saep.errors import UserError
 
 from ._base import Answer, Requirement, Task, TaskQuestion, TaskResult
-from ._files import read_json, read_json_lines, read_task_questions, required, write_json
+from ._files import ID, read_json, read_json_lines, read_task_questions, required, write_json
 from ._matching import match_labels
 from ._scoring import grouped, mean_metric, mean_rows
 from ._sources import COCO_IMAGES, EVAL_ZIP, SHORT_ANSWER
-from ._vqa_answers import normalize_vqa_answer, vqa_score
+from ._vqa_answers import human_answers, normalize_vqa_answer, vqa_score
 
 TEST_FILE = "llava_vqav2_mscoco_test2015.jsonl"
 QUESTION_FILES = {"test-dev": "llava_vqav2_mscoco_test-dev2015.jsonl", "test": TEST_FILE}
@@ -64,7 +64,7 @@ class VQAv2(Task):
         if split != "val":
             return read_task_questions(folder / QUESTION_FILES[split], folder / "test2015")
         path = folder / VAL_QUESTIONS
-        records = required(read_json(path, dict), "questions", str(path))
+        records = required(read_json(path, dict), "questions", str(path), list)
         return [_val_question(record, folder, f"{path}, question {number}") for number, record in enumerate(records)]
 
     def score(self, folder: Path, split: str, answers: Sequence[Answer]) -> TaskResult:
@@ -72,8 +72,8 @@ class VQAv2(Task):
         if split != "val":
             raise UserError(f"vqav2:{split}: the labels are hidden; EvalAI scores the upload file (challenge 830)")
         path = folder / VAL_ANNOTATIONS
-        records = required(read_json(path, dict), "annotations", str(path))
-        annotations = {required(record, "question_id", str(path)): record for record in records}
+        records = required(read_json(path, dict), "annotations", str(path), list)
+        annotations = {required(record, "question_id", str(path), ID): record for record in records}
         matched = match_labels(
             self.questions(folder, split), answers, lambda question: annotations.get(question.question_id), str(path)
         )
@@ -81,7 +81,7 @@ class VQAv2(Task):
             _annotation_score(annotation, text, str(path))
             for annotation, text in zip(matched.labels, matched.texts, strict=True)
         ]
-        types = (annotation.get("answer_type", "unknown") for annotation in matched.labels)
+        types = (str(annotation.get("answer_type", "unknown")) for annotation in matched.labels)
         return TaskResult(
             task=self.name,
             split=split,
@@ -94,13 +94,16 @@ class VQAv2(Task):
         """EvalAI's upload file for test-dev and test."""
         if split == "val":
             return []
-        question_ids = [required(record, "question_id", TEST_FILE) for record in read_json_lines(folder / TEST_FILE)]
+        question_ids = [
+            required(record, "question_id", TEST_FILE, ID) for record in read_json_lines(folder / TEST_FILE)
+        ]
         records = upload_records(question_ids, {answer.question_id: answer.text for answer in answers})
         return [write_json(output / f"vqav2_{split}_upload.json", records)]
 
 
 def _val_question(record: Mapping[str, Any], folder: Path, place: str) -> TaskQuestion:
-    question_id, text, image_id = (required(record, name, place) for name in ("question_id", "question", "image_id"))
+    question_id, text = required(record, "question_id", place, ID), required(record, "question", place, str)
+    image_id = required(record, "image_id", place, int)
     return TaskQuestion(
         question_id=question_id,
         text=text + SHORT_ANSWER,
@@ -113,8 +116,7 @@ def _annotation_score(annotation: Mapping[str, Any], text: str | None, path: str
     if text is None:
         return 0.0
     place = f"{path}: question {annotation['question_id']}"
-    human_answers = [required(answer, "answer", place) for answer in required(annotation, "answers", place)]
-    return vqa_score(text, human_answers, place)
+    return vqa_score(text, human_answers(annotation, place), place)
 
 
 TASK = VQAv2()

@@ -80,14 +80,14 @@ class VSR(Task):
 
 
 def _question(record: Mapping[str, Any], folder: Path, index: int, place: str) -> TaskQuestion:
-    caption, image = required(record, "caption", place), required(record, "image", place)
+    caption, image = required(record, "caption", place, str), required(record, "image", place, str)
     text = f'Is this statement about the image true or false? "{caption}"{SHORT_ANSWER}'
     return TaskQuestion(
         question_id=index,
         text=text,
         prompt=text,
         images=(folder / "images" / image,),
-        category=record.get("relation", "default"),
+        category=str(record.get("relation", "default")),
     )
 
 

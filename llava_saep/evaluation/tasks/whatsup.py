@@ -160,12 +160,18 @@ class WhatsUp(Task):
 def _example(record: Any, id_digits: int | None, place: str) -> Example:
     """Read a controlled image's object, or [image number, right sentence, wrong sentence] of COCO and GQA."""
     if id_digits is None:
-        image, sentences = required(record, "image_path", place), required(record, "caption_options", place)
-        return Example(image.rpartition("/")[2], tuple(sentences))
+        image = required(record, "image_path", place, str)
+        return _checked(image.rpartition("/")[2], required(record, "caption_options", place, list), place)
     if not isinstance(record, list) or len(record) != 3:
         raise UserError(f"{place}: expected [image number, right sentence, wrong sentence], found {record!r}")
     number, right, wrong = record
-    return Example(f"{str(number).zfill(id_digits)}.jpg", (right, wrong))
+    return _checked(f"{str(number).zfill(id_digits)}.jpg", [right, wrong], place)
+
+
+def _checked(image: str, sentences: Sequence[Any], place: str) -> Example:
+    if not 2 <= len(sentences) <= len(LETTERS) or not all(isinstance(sentence, str) for sentence in sentences):
+        raise UserError(f"{place}: expected two to {len(LETTERS)} sentences, found {sentences!r}")
+    return Example(image, tuple(sentences))
 
 
 TASK = WhatsUp()

@@ -1,5 +1,7 @@
 """What holds for every benchmark: nothing is lost, nothing is doubled, and what is missing is said."""
 
+import json
+import random
 import shutil
 
 import pytest
@@ -28,6 +30,16 @@ def over_splits(splits):
     return pytest.mark.parametrize(("sample", "split"), splits, indirect=["sample"], ids=[":".join(s) for s in splits])
 
 
+def read_all(task, folder, split, answers):
+    """Everything that is read when a task is run."""
+    task.questions(folder, split)
+    if isinstance(task, JudgedTask):
+        task.judge_requests(folder, split, answers)
+    elif task.has_labels(split):
+        task.score(folder, split, answers)
+    task.export(folder, split, answers, folder / "out")
+
+
 @over_splits(SPLITS)
 def test_questions_are_complete_and_their_images_are_there(sample, split):
     task, folder, right = sample
@@ -48,21 +60,13 @@ def test_what_the_doctor_asks_for_is_what_the_task_reads(sample, split):
     assert {each.purpose for each in requirements} <= {"questions", "images", "score"}
     answers = answers_to(task.name, folder, split, right[split])
 
-    def read():
-        task.questions(folder, split)
-        if isinstance(task, JudgedTask):
-            task.judge_requests(folder, split, answers)
-        elif task.has_labels(split):
-            task.score(folder, split, answers)
-        task.export(folder, split, answers, folder / "out")
-
-    read()
+    read_all(task, folder, split, answers)
     for requirement in requirements:
         if requirement.purpose != "images" and requirement.path.is_file():
             hidden = requirement.path.with_name("hidden")
             requirement.path.rename(hidden)
             with pytest.raises(UserError, match=requirement.path.name.replace("+", r"\+")):
-                read()
+                read_all(task, folder, split, answers)
             hidden.rename(requirement.path)
 
 
@@ -123,6 +127,53 @@ def test_hidden_labels_are_said_and_an_upload_is_written(sample, split):
         task.score(folder, split, answers)
     written = task.export(folder, split, answers, folder / "upload")
     assert written and all(path.is_file() for path in written)
+
+
+def places_in(value, path=()):
+    """Paths of keys and indices to everything inside a JSON value."""
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in children:
+        yield (*path, key)
+        yield from places_in(child, (*path, key))
+
+
+def damaged(value, path, replacement):
+    """A copy of a JSON value with one place replaced, or left out where the replacement is `...`."""
+    copy = json.loads(json.dumps(value))
+    target = copy
+    for key in path[:-1]:
+        target = target[key]
+    if replacement is ...:
+        del target[path[-1]]
+    else:
+        target[path[-1]] = replacement
+    return copy
+
+
+@over_splits(SPLITS)
+def test_damaged_files_end_in_one_sentence_and_never_in_a_traceback(sample, split):
+    """Fifty random damages of each file: a field gone, or with a value of another kind."""
+    task, folder, right = sample
+    answers = answers_to(task.name, folder, split, right[split])
+    rng = random.Random(f"{task.name} {split}")
+    refused = 0
+    for path in sorted({each.path for each in task.requirements(folder, split) if each.path.is_file()}):
+        text = path.read_text()
+        if path.suffix == ".tsv":
+            continue
+        is_lines = path.suffix == ".jsonl" or "coco_pope" in path.name
+        content = [json.loads(line) for line in text.splitlines()] if is_lines else json.loads(text)
+        places = list(places_in(content))
+        for _ in range(50):
+            broken = damaged(content, rng.choice(places), rng.choice([..., None, 5, "x", [], {}, True, -1.5, [None]]))
+            path.write_text("\n".join(map(json.dumps, broken)) if is_lines else json.dumps(broken))
+            try:
+                read_all(task, folder, split, answers)
+            except UserError as error:
+                assert str(error)
+                refused += 1
+        path.write_text(text)
+    assert refused or task.name.startswith("mmbench")
 
 
 def test_tasks_are_selected_by_name_and_split():
