@@ -64,7 +64,7 @@ class ChatSection:
         self.model = model
         self.controls = controls
         self.chats = chats
-        self.conversation = gr.State(Conversation.new)
+        self.conversation = gr.State(Conversation(chat_id=""))  # until `restore`; Gradio would call a function late
         self.editor = QuestionEditor(max_characters=services.settings.limits.max_prompt_characters)
         self.seen = SeenPanel(services)
         self._build()
@@ -173,6 +173,7 @@ class ChatSection:
     ) -> Iterator[list[Any]]:
         """Put a question with its pictures, and stream the answer."""
         browser, visitor = self._visitor(browser, request)
+        conversation = conversation if conversation.chat_id else Conversation.new()
         try:
             asked = self._with_question(question, conversation, visitor)
         except Exception as error:  # every kind becomes a message

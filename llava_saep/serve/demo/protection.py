@@ -37,8 +37,7 @@ class Protection:
         try:
             await self.app(scope, exchange.receive, exchange.send)
         except _TooLargeError:
-            if not exchange.has_begun:
-                await exchange.refuse()
+            await exchange.refuse()
 
 
 class _TooLargeError(Exception):
@@ -53,27 +52,34 @@ class _Exchange:
         self._send = send
         self._max_bytes = max_bytes
         self._received = 0
-        self.has_begun = False
+        self._has_begun = False
+        self._is_refused = False
 
     async def receive(self) -> MutableMapping[str, Any]:
         message = await self._receive()
         self._received += len(message.get("body", b""))
         if self._received > self._max_bytes:
+            await self.refuse()  # here, since what reads the body may answer the error in words of its own
             raise _TooLargeError
         return message
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
+        if self._is_refused:
+            return
         if message["type"] == "http.response.start":
-            self.has_begun = True
+            self._has_begun = True
             own = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
             message = {**message, "headers": [*message.get("headers", []), *own]}
         await self._send(message)
 
     async def refuse(self) -> None:
+        if self._has_begun:
+            return
         body = f"the request has more than {self._max_bytes:,} bytes".encode()
         headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
         await self.send({"type": "http.response.start", "status": 413, "headers": headers})
         await self.send({"type": "http.response.body", "body": body})
+        self._is_refused = True
 
 
 def _announced_bytes(scope: Scope) -> int:
