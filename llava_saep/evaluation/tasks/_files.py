@@ -128,6 +128,8 @@ def read_answers(path: Path) -> list[Answer]:
 
 def _answer(record: dict[str, Any], place: str) -> Answer:
     question_id, text = required(record, "question_id", place, ID), required(record, "text", place, str)
+    if "round_id" in record:
+        required(record, "round_id", place, int)
     prompt = record.get("prompt", "")
     return Answer(question_id=question_id, text=text, prompt=prompt if isinstance(prompt, str) else "", fields=record)
 

@@ -237,7 +237,8 @@ class MMBenchTask(Task):
     def export(self, folder: Path, split: str, answers: Sequence[Answer], output: Path) -> list[Path]:
         """The xlsx file that MMBench's server takes; it holds the first round's answers."""
         path = self._table(folder, split)
-        predictions = {int(answer.question_id): answer.text for answer in answers if answer.round_id == 0}
+        first_round = [answer for answer in answers if answer.round_id == 0 and str(answer.question_id).isdigit()]
+        predictions = {int(answer.question_id): answer.text for answer in first_round}
         return [write_xlsx(output / f"{path.stem}.xlsx", upload_table(read_table(path), predictions))]
 
 

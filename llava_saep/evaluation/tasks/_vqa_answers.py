@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from llava_saep.errors import UserError
@@ -58,6 +59,7 @@ _CONTRACTIONS = dict(
 )
 
 
+@lru_cache(maxsize=1 << 16)  # people's answers are the same few words millions of times
 def normalize_vqa_answer(text: str) -> str:
     """The form in which the VQA challenge compares an answer: `"Two dogs."` -> `"2 dogs"`."""
     text = lower_words(text).replace("\n", " ").replace("\t", " ").strip()

@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 import json
 import re
-import subprocess
+import runpy
 import sys
 import zipfile
 from pathlib import Path
@@ -229,13 +229,15 @@ def test_answers_that_look_like_formulas_or_links_are_uploaded_as_text(tmp_path)
 
 
 @pytest.mark.parametrize("path", ["llava_saep/eval/eval_pope.py", "scripts/convert_gqa_for_eval.py"])
-def test_programs_run_by_their_path_and_end_with_one_sentence(path, tmp_path):
+def test_programs_run_by_their_path_and_end_with_one_sentence(path, tmp_path, monkeypatch, capsys):
     arguments = flags(**{**POPE, "result_file": tmp_path / "absent.jsonl"})
     if path.startswith("scripts"):
         arguments = flags(src=tmp_path / "absent.jsonl", dst=tmp_path / "out.json")
-    run = subprocess.run([sys.executable, ROOT / path, *arguments], capture_output=True, text=True, cwd=ROOT)
-    assert run.returncode == 2, run.stderr
-    assert run.stderr.strip().endswith("absent.jsonl: no such file of answers")
+    monkeypatch.setattr(sys, "argv", [path, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / path), run_name="__main__")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.strip().endswith("absent.jsonl: no such file of answers")
 
 
 # Of scripts/v1_5/eval: what follows each program there.

@@ -110,6 +110,7 @@ def test_answers_to_no_question_are_reported(sample, split):
     result = task.score(folder, split, [*answers, stranger])
     (unknown,) = result.exclusions
     assert (unknown.reason, unknown.count, unknown.examples) == ("answers to no question", 1, ("stranger",))
+    task.export(folder, split, [*answers, stranger], folder / "out")
 
 
 @over_splits(SCORED)

@@ -9,6 +9,7 @@ from PIL import Image
 from llava_saep.errors import UserError
 from llava_saep.evaluation.tasks import Answer, Review, find_task, llava_bench, mme, mmvet, pope, refcoco, vsr, whatsup
 from llava_saep.evaluation.tasks import _mmbench as mmbench
+from llava_saep.evaluation.tasks._files import read_answers
 from llava_saep.evaluation.tasks._options import read_letter
 from tests.fixtures.benchmarks import LETTER, SHORT, answers_to, write_sample
 
@@ -403,3 +404,22 @@ def test_answers_whose_file_is_of_another_split_are_refused(ask):
     (folder / "llava-seed-bench.jsonl").write_text(json.dumps({"question_id": 77, "image": "a.jpg", "text": "Q?"}))
     with pytest.raises(UserError, match="SEED-Bench.json: says nothing about any of the 1 questions"):
         task.score(folder, "test", [Answer(question_id=77, text="A")])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"question_id": 1}', "line 2: lacks 'text'; it has 'question_id'"),
+        ('{"question_id": 1, "text": null}', "line 2: text must be a text, found None"),
+        ('{"question_id": true, "text": "x"}', "line 2: question_id must be a text or a whole number, found True"),
+        ('{"question_id": 1, "text": "x", "round_id": "2"}', "line 2: round_id must be a whole number, found '2'"),
+        ('{"question_id": 1, "te', "line 2: expected a JSON object"),
+        ("[1]", "line 2: expected a JSON object"),
+    ],
+)
+def test_a_damaged_line_of_an_answer_file_is_named(tmp_path, line, message):
+    (tmp_path / "a.jsonl").write_text('{"question_id": 0, "text": "a\\u2028b"}\n' + line)
+    with pytest.raises(UserError, match=message):
+        read_answers(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_text('\ufeff{"question_id": 0, "text": "a\u2028b"}\n\n')
+    assert [answer.text for answer in read_answers(tmp_path / "a.jsonl")] == ["a\u2028b"]
