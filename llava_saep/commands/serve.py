@@ -155,10 +155,10 @@ def _serve(
 
     _check_folders(args)
     with _loaded(args, paths, replicas) as engines:
-        server = build_server(create_app(engines, settings), trusted_proxies=proxies)
         host, port = bound.getsockname()[:2]
-        print(introduction(engines, host, port, needs_key=bool(settings.keys)), flush=True)
-        run_server(server, bound)
+        text = introduction(engines, host, port, needs_key=bool(settings.keys))
+        app = create_app(engines, settings)
+        run_server(build_server(app, trusted_proxies=proxies, on_ready=lambda: print(text, flush=True)), bound)
 
 
 @contextmanager

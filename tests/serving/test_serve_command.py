@@ -3,7 +3,9 @@
 import re
 import shutil
 import signal
+import socket
 import subprocess
+import threading
 import time
 from dataclasses import fields
 
@@ -14,6 +16,8 @@ from llava_saep.cli import main
 from llava_saep.commands.serve import build_parser, name_models
 from llava_saep.errors import UserError
 from llava_saep.serve.access import bind_socket
+from llava_saep.serve.api import create_app
+from llava_saep.serve.api.server import build_server, run_server
 from llava_saep.serve.limits import Limits
 from tests.fixtures.image_files import encoded, gradient
 from tests.fixtures.requests import question
@@ -115,3 +119,28 @@ def test_a_signal_lets_an_answer_end_and_takes_no_new_ones(model_folder, tmp_pat
             assert list(lines)[-2:] == ["data: [DONE]", ""]
         assert server.process.wait(30) == (0 if number == signal.SIGTERM else 130)
     assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_a_server_says_that_it_is_ready_when_it_can_be_reached():
+    """Whoever waits for the words can ask at once."""
+    statuses = []
+
+    def on_ready():
+        thread = threading.Thread(target=lambda: statuses.append(httpx.get(f"{address}/health").status_code))
+        thread.start()
+        threads.append(thread)
+        with socket.create_connection(bound.getsockname(), timeout=5):  # refused before somebody listens
+            statuses.append("connected")
+
+    threads: list[threading.Thread] = []
+    with bind_socket("127.0.0.1", 0) as bound:
+        address = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        server = build_server(create_app({}), on_ready=on_ready)
+        serving = threading.Thread(target=run_server, args=(server, bound))
+        serving.start()
+        while not threads:
+            time.sleep(0.01)
+        threads[0].join()
+        server.should_exit = True
+        serving.join(20)
+    assert statuses == ["connected", 200]

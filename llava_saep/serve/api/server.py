@@ -4,7 +4,7 @@ import asyncio
 import signal
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import uvicorn
 from fastapi import FastAPI
@@ -59,10 +59,30 @@ class ImpatientProtocol(H11Protocol):
             self._head_timer = None
 
 
-def build_server(app: FastAPI, *, trusted_proxies: Sequence[str] = ()) -> uvicorn.Server:
+class AnnouncingServer(uvicorn.Server):
+    """Says when it can be reached, which is not before it listens.
+
+    Args:
+        on_ready: called then.
+    """
+
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]):
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say so."""
+        await super().startup(sockets=sockets)
+        self._on_ready()
+
+
+def build_server(
+    app: FastAPI, *, trusted_proxies: Sequence[str] = (), on_ready: Callable[[], None] = lambda: None
+) -> uvicorn.Server:
     """Make a server that waits to be run.
 
     Args:
+        on_ready: called when it can be reached.
         trusted_proxies: addresses whose X-Forwarded-For header says who the client is; any client could write one.
     """
     config = uvicorn.Config(
@@ -80,7 +100,7 @@ def build_server(app: FastAPI, *, trusted_proxies: Sequence[str] = ()) -> uvicor
         timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
         h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
     )
-    return uvicorn.Server(config)
+    return AnnouncingServer(config, on_ready)
 
 
 def run_server(server: uvicorn.Server, bound: socket.socket) -> None:
