@@ -30,12 +30,12 @@ def test_flags_change_only_on_purpose():
     """A frozen list: people's scripts depend on these names."""
     flags = {flag for action in build_parser()._actions for flag in action.option_strings if "_" not in flag}
     assert " ".join(sorted(flag.removeprefix("--") for flag in flags - {"-h", "--help"})) == (
-        "allow-unauthenticated-network-access allowed-image-hosts api-key-file conv-mode device "
-        "downscale-delay-seconds host load-4bit load-8bit max-generation-seconds max-image-bytes max-image-pixels "
-        "max-images max-images-per-message max-messages max-new-tokens max-ongoing-requests max-pixels-in-memory "
-        "max-prompt-characters max-queue max-replicas max-request-bytes max-requests-per-minute model-base "
-        "model-path num-cpus-per-replica num-gpus-per-replica port replicas trust-projector-code trusted-proxies "
-        "upscale-delay-seconds"
+        "allow-unauthenticated-network-access allowed-image-hosts api-key-file cached-bytes cached-chats compile "
+        "conv-mode device downscale-delay-seconds host kv-cache kv-cache-tokens load-4bit load-8bit "
+        "max-generation-seconds max-image-bytes max-image-pixels max-images max-images-per-message max-messages "
+        "max-new-tokens max-ongoing-requests max-pixels-in-memory max-prompt-characters max-queue max-replicas "
+        "max-request-bytes max-requests-per-minute model-base model-path num-cpus-per-replica num-gpus-per-replica "
+        "port replicas trust-projector-code trusted-proxies upscale-delay-seconds"
     )
 
 

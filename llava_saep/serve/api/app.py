@@ -23,7 +23,7 @@ from llava_saep.serve.api.errors import ApiError, internal_error, overloaded, to
 from llava_saep.serve.api.gate import Gate
 from llava_saep.serve.api.images import ImageSource
 from llava_saep.serve.api.metrics import Metrics
-from llava_saep.serve.api.requests import ChatRequest, parse_chat_request
+from llava_saep.serve.api.requests import ChatRequest, StreamOptions, parse_chat_request
 from llava_saep.serve.api.responses import DONE, KEEP_ALIVE, CompletionForm, event, model_card
 from llava_saep.serve.api.settings import ApiSettings
 from llava_saep.serve.rate import RequestRate
@@ -120,22 +120,28 @@ class ChatService:
         if seconds > 0:
             limit = self.limits.max_requests_per_minute
             raise too_fast(f"at most {limit} requests a minute are answered; try again later", seconds=seconds)
+        # Nothing of the request may stay in this frame: its images' base64 would wait as long as the question.
+        answering, form, stream_options = await self._begin(request)
+        if stream_options is not None:
+            return AnswerResponse(
+                answering, _events(answering, form, includes_usage=bool(stream_options.include_usage))
+            )
+        try:
+            return await _while_connected(_whole_answer(answering, form), request.receive)
+        finally:
+            answering.close()
+
+    async def _begin(self, request: Request) -> tuple[Answering, CompletionForm, StreamOptions | None]:
+        """Read a request and put its question to the engine; no stream options: the answer is wanted as a whole."""
         async with self._bodies.reading(request) as fields:
             chat = await asyncio.to_thread(parse_chat_request, fields, self.limits)
-            engine = self.engine(chat.model)
-            answering = self._ask(chat, engine)
+            answering = self._ask(chat, self.engine(chat.model))
             try:
                 await answering.open()
             except BaseException as error:
                 answering.close()
                 raise _refusal(error) from error
-        form = CompletionForm(chat.model)
-        if chat.stream:
-            return AnswerResponse(answering, _events(answering, form, includes_usage=chat.includes_usage))
-        try:
-            return await _while_connected(_whole_answer(answering, form), request.receive)
-        finally:
-            answering.close()
+        return answering, CompletionForm(chat.model), (chat.stream_options or StreamOptions()) if chat.stream else None
 
     def _ask(self, chat: ChatRequest, engine: Engine) -> Answering:
         """Let a question in; the rest happens in threads."""

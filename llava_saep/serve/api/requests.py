@@ -134,11 +134,6 @@ class ChatRequest(_Part):
         """Texts before which the answer ends."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
-    @property
-    def includes_usage(self) -> bool:
-        """Whether a stream ends with the number of tokens."""
-        return bool(self.stream_options and self.stream_options.include_usage)
-
     def to_options(self, limits: Limits, context_length: int | None) -> GenerationOptions:
         """Return how the answer is decoded; without a length, half of a short context is left to the prompt."""
         room = limits.max_new_tokens if context_length is None else max(1, context_length // 2)
