@@ -10,9 +10,8 @@ import time
 import traceback
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +32,7 @@ from llava_saep.generation.image_features import ImageFeatures, content_key
 from llava_saep.generation.messages import Message
 from llava_saep.generation.options import EngineSettings, GenerationOptions
 from llava_saep.generation.predictor import Predictor, Prompt
+from llava_saep.generation.seeding import seeded
 from llava_saep.generation.streams import AnswerStream, StopStringFilter
 
 logger = logging.getLogger(__name__)
@@ -245,7 +245,7 @@ class LocalEngine(Engine):
         model, tokenizer = self.predictor.model, self.predictor.processor.tokenizer
         streamer = PieceStreamer(tokenizer, answer, StopStringFilter(self.predictor.template.stop_strings))
         interruption = Interruption(answer, streamer, deadline)
-        with torch.inference_mode(), _seeded(answer.options.seed, model.device):
+        with torch.inference_mode(), seeded(answer.options.seed, model.device):
             symbols = prompt_symbols(answer.prompt, answer.image_keys)
             cache, answer.num_cached_tokens = self._caches.start(symbols)
             output = model.generate(
@@ -308,15 +308,3 @@ def _is_out_of_memory(error: Exception) -> bool:
         return True
     signs = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
-
-
-@contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Draw from a seed of one's own, and leave the program's random numbers as they were."""
-    if seed is None:
-        yield
-        return
-    on_device = {} if device.type == "cpu" else {"device_type": device.type}
-    with torch.random.fork_rng(devices=[device] if on_device else [], **on_device):
-        torch.manual_seed(seed)
-        yield

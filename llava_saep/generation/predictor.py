@@ -21,6 +21,7 @@ from llava_saep.data.tokenization import encode_segments
 from llava_saep.errors import UserError
 from llava_saep.generation.messages import Message, parse_messages
 from llava_saep.generation.options import GenerationOptions
+from llava_saep.generation.seeding import seeded
 from llava_saep.model.hub import local_folder
 from llava_saep.model.loading import inspect_folder, load_model, load_processor
 from llava_saep.model.modeling_llava_saep import LlavaSaepForConditionalGeneration
@@ -175,7 +176,7 @@ class Predictor:
         prompts = [self.encode(messages) for messages in conversations]
         self.check_length(max(prompts, key=lambda prompt: len(prompt.input_ids)), options)
         inputs = self.model_inputs(prompts)
-        with torch.inference_mode():
+        with torch.inference_mode(), seeded(options.seed, self.model.device):
             output = self.model.generate(**inputs, **self.decoding(options))
         answers = output[:, inputs["input_ids"].shape[1] :]
         return [self._decode(row) for row in answers]

@@ -124,6 +124,8 @@ def test_same_seed_same_answer_and_the_programs_random_numbers_stay(engine):
     first = "".join(engine.stream(ask([], "Why?"), options))
     assert torch.equal(torch.rand(3), expected)
     assert "".join(engine.stream(ask([], "Why?"), options)) == first
+    batch = engine.predictor.generate([ask([], "Why?")], options)
+    assert engine.predictor.generate([ask([], "Why?")], options) == batch
     other = GenerationOptions(max_new_tokens=20, temperature=5.0, seed=4)
     assert "".join(engine.stream(ask([], "Why?"), other)) != first
 

@@ -3,6 +3,7 @@
 import random
 import threading
 
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -293,3 +294,30 @@ def test_images_are_known_by_their_content():
     assert content_key(image) == content_key(image.copy())
     others = [Image.new("RGB", (2, 4), "red"), Image.new("RGB", (4, 2), "blue"), image.convert("RGBA")]
     assert len({content_key(other) for other in [image, *others]}) == 4
+
+
+@pytest.mark.slow
+def test_compiled_decoding_writes_the_same(saep, images, written):
+    engine = LocalEngine(saep, model_id="tiny", settings=EngineSettings(cache="static", compile=True, max_length=300))
+    rows = written(saep)
+    messages = ask(images[:1], "What is it?")
+    text, _ = check_equal(engine, rows, messages)
+    _, second = check_equal(engine, rows, answered(messages, text, "Which colour?"))
+    assert second.cached_tokens > 40
+    engine.close()
+
+
+@pytest.mark.slow
+def test_resident_memory_does_not_grow_over_hundreds_of_chats(saep):
+    """Settings that keep a few chats; the first hundred fill what is kept and the allocator's own stores."""
+    engine = LocalEngine(saep, model_id="tiny", settings=EngineSettings(max_cache_bytes=10**6, max_image_bytes=10**5))
+    rng, process, resident = random.Random(0), psutil.Process(), []
+    for index in range(400):
+        image = Image.frombytes("RGB", (200, 200), rng.randbytes(200 * 200 * 3))
+        messages = ask([image], f"Number {index}?")
+        text, _ = stream(engine, messages, GenerationOptions(max_new_tokens=4))
+        stream(engine, answered(messages, text, "Why?"), GenerationOptions(max_new_tokens=4))
+        resident.append(process.memory_info().rss)
+    # One image alone is 120 kB; 300 of them kept would be 36 MB.
+    assert max(resident[-50:]) - max(resident[50:100]) < 10 * 2**20
+    engine.close()
