@@ -1,6 +1,7 @@
 """The judge behind an HTTP endpoint: protocol, failures, patience, resuming; against a server on this machine."""
 
 import json
+import time
 
 import pytest
 
@@ -128,6 +129,22 @@ def test_interrupted_review_goes_on_and_a_changed_answer_is_reviewed_anew(endpoi
     assert len(path.read_text().splitlines()) == 3
     review_answers(changed, judge(endpoint, model="another"), path, line)
     assert endpoint.times["a"] == 2  # another judge rates differently
+
+
+def test_reviews_are_on_the_disk_before_all_are_there(endpoint, tmp_path):
+    path, seen = tmp_path / "r.jsonl", []
+
+    def respond(text, times):
+        if text == "c":
+            deadline = time.monotonic() + 5
+            while not path.read_text() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            seen.append(path.read_text().count("\n"))
+        return chat_reply("good")
+
+    endpoint.respond = respond
+    review_answers(requests("a", "b", "c"), judge(endpoint, num_parallel=1, timeout_seconds=20.0), path, line)
+    assert seen[0] >= 1
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404])

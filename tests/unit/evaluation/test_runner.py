@@ -119,6 +119,17 @@ def test_parts_of_ranks_that_were_killed_count_once_and_go(tmp_path):
     assert len(lines(path)) == 5
 
 
+def test_answer_that_lies_in_two_files_serves_one_of_two_equal_questions(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    twice = [question("a.png", "What?"), question("a.png", "What?")]
+    answer(Model(), path, twice[:1])
+    (tmp_path / "answers.jsonl.rank0").write_text(path.read_text())
+    model = Model()
+    answer(model, path, twice)
+    assert model.batch_sizes == [1]
+    assert len({record["answer_id"] for record in lines(path)}) == 2
+
+
 @pytest.mark.parametrize("change", [{"fingerprint": "other weights"}, {"blind": True}])
 def test_answers_of_other_weights_or_of_the_blind_run_are_not_reused(tmp_path, change):
     path = tmp_path / "answers.jsonl"
