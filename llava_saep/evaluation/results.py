@@ -13,7 +13,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,22 @@ def describe_program(device: Any) -> dict[str, Any]:
 
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(sys.argv, sys.orig_argv),
         "num_ranks": int(os.environ.get("WORLD_SIZE", "1")),
         "versions": {**versions(), "commit": commit()},
         "machine": describe_machine(device),
     }
+
+
+def command_line(argv: Sequence[str], whole: Sequence[str]) -> str:
+    """The command as it can be given again: by its name, or as a module of the interpreter.
+
+    Args:
+        argv, whole: as `sys.argv` and `sys.orig_argv`.
+    """
+    name = Path(argv[0]).name
+    words = [Path(whole[0]).name, *whole[1:]] if name.endswith(".py") else [name, *argv[1:]]
+    return shlex.join(words)
 
 
 def result_as_json(result: TaskResult) -> dict[str, Any]:
@@ -101,7 +112,10 @@ def results_markdown(entries: Mapping[str, Mapping[str, Any]]) -> str:
     remarks = [f"- {line}" for entry in entries.values() for line in remark_lines(entry)]
     if remarks:
         parts.append("\n".join(remarks))
-    parts += [f"**{label}**: {circumstances(entry)}" for label, entry in entries.items()]
+    labels: dict[str, list[str]] = {}
+    for label, entry in entries.items():
+        labels.setdefault(circumstances(entry), []).append(label)
+    parts += [f"**{', '.join(names)}**: {words}" for words, names in labels.items()]
     return "\n\n".join(parts) + "\n"
 
 
@@ -137,7 +151,8 @@ def remark_lines(entry: Mapping[str, Any]) -> list[str]:
         more = ", ..." if each["count"] > _NUM_EXAMPLES else ""
         examples = f" ({', '.join(each['examples'][:_NUM_EXAMPLES])}{more})" if each["examples"] else ""
         lines.append(f"{label}: {each['count']} {each['reason']}, {each['effect']}{examples}")
-    return [*lines, *(f"{label}: {note}" for note in (result["notes"] if result else ()))]
+    lines += [f"{label}: {note}" for note in (result["notes"] if result else ())]
+    return [*lines, *(f"{label}: to hand in: {path}" for path in entry["uploads"])]
 
 
 def circumstances(entry: Mapping[str, Any]) -> str:

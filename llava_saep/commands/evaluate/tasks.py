@@ -79,8 +79,6 @@ def score_answers(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments, output_dir)
     entry = score_answer_file(tasks[0], answers, path, settings)
     print(terminal_report({entry["label"]: entry}))
-    for upload in entry["uploads"]:
-        print(f"to upload: {upload}")
     if arguments.output_dir:
         write_result(benchmark_folder(settings, tasks[0]), entry)
     return NOT_SCORED_EXIT_CODE if entry["result"] is None and tasks[0].task.has_labels(tasks[0].split) else 0

@@ -300,7 +300,7 @@ def test_answer_file_is_of_one_set_of_questions(tmp_path, capsys):
 
 
 def test_absent_answer_file_is_said(tmp_path, capsys):
-    assert "a.jsonl: no such answer file" in mistake(capsys, "--task", "pope", "--answers", tmp_path / "a.jsonl")
+    assert "a.jsonl: no such file" in mistake(capsys, "--task", "pope", "--answers", tmp_path / "a.jsonl")
 
 
 def test_list_names_every_benchmark_with_its_splits(capsys):
