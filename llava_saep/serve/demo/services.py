@@ -100,8 +100,8 @@ class DemoServices:
         """
         limits = self.settings.limits
         check_conversation(messages, limits)
-        options = dataclasses.replace(options, max_new_tokens=min(options.max_new_tokens, limits.max_new_tokens))
         with self._place(), self.catalog.using(model_id) as engine:
+            options = _fitting(options, limits.max_new_tokens, engine.description.context_length)
             stream = engine.stream(messages, options, max_seconds=limits.max_generation_seconds)
             with self._stoppable(stream, request.session_hash or secrets.token_hex(8)):
                 yield from _paced(stream)
@@ -186,6 +186,13 @@ class DemoServices:
                 self._running[session].remove(stream)
                 if not self._running[session]:
                     del self._running[session]
+
+
+def _fitting(options: GenerationOptions, most: int, context_length: int | None) -> GenerationOptions:
+    """Lower an answer's limit to what the server allows, and to half of a short context, whose rest is the prompt's."""
+    if context_length is not None:
+        most = min(most, max(context_length // 2, 1))
+    return dataclasses.replace(options, max_new_tokens=min(options.max_new_tokens, most))
 
 
 def _paced(stream: AnswerStream) -> Iterator[PartialAnswer]:

@@ -1,5 +1,6 @@
 """Safe by default: what the launched page serves, lets in and says, looked at from outside."""
 
+import dataclasses
 import io
 import re
 
@@ -146,12 +147,17 @@ def test_too_many_pictures_and_too_long_questions_are_refused(page, picture, bro
     assert page.engine.asked == []
 
 
-def test_an_answer_is_cut_at_the_length_that_the_server_allows(page, browser):
+def test_an_answer_is_never_longer_than_the_server_and_the_context_allow(page, browser, monkeypatch):
     visitor = page.open()
     data = question("Hi", browser=browser)
     data[-1] = 10**6
+    assert not visitor.call(visitor.find("question", "submit"), data).succeeded
+    monkeypatch.setattr(
+        type(page.engine), "description", dataclasses.replace(page.engine.description, context_length=500)
+    )
+    data[-1] = 2048
     visitor.call(visitor.find("question", "submit"), data)
-    assert [options.max_new_tokens for _, options, _ in page.engine.asked] in ([], [2048])
+    assert [options.max_new_tokens for _, options, _ in page.engine.asked] == [250]
 
 
 def test_a_client_that_asks_too_often_is_told_when_to_come_back(page, browser, monkeypatch):
