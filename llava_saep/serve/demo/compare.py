@@ -16,7 +16,7 @@ from llava_saep.generation import AnswerStatistics, GenerationOptions
 from llava_saep.generation.messages import Message
 from llava_saep.serve.demo.chat_section import ACCEPTED_FILES, Controls
 from llava_saep.serve.demo.conversation import Conversation
-from llava_saep.serve.demo.pictures import engine_messages
+from llava_saep.serve.demo.history import Visitor
 from llava_saep.serve.demo.services import ChatParts, DemoServices
 from llava_saep.serve.demo.text import as_html, told
 
@@ -178,12 +178,15 @@ class CompareSection:
         sides = [_Side(model_id or "") for model_id in models]
         asked = None
         try:
-            asked = self._prepared(conversation, models, browser, decoding, request)
-            yield self._begun(conversation, browser, sides, request)
-            for _ in self._load(sides):
-                yield self._going_on(sides)
-            for _ in self._both(sides, asked, (system or "").strip()):
-                yield self._going_on(sides)
+            options = self._checked(models, decoding, request)
+            visitor = self.services.visitor(browser, request)
+            with self.services.decoded(conversation, visitor) as messages:
+                asked = _Asked(messages, options, request)
+                yield self._begun(conversation, visitor, sides)
+                for _ in self._load(sides):
+                    yield self._going_on(sides)
+                for _ in self._both(sides, asked, (system or "").strip()):
+                    yield self._going_on(sides)
         except Exception as error:  # every kind becomes a message
             gr.Warning(as_html(told(error)), title="Not asked", duration=15)
             if asked is None:
@@ -195,24 +198,20 @@ class CompareSection:
         models_shown = [gr.update(choices=self._choices()) for _ in _SIDES]
         yield [gr.skip(), gr.skip(), gr.update(visible=False), *map(self._card, sides), *models_shown]
 
-    def _prepared(
-        self,
-        conversation: Conversation,
-        models: Sequence[str | None],
-        browser: Any,
-        decoding: tuple[float, float, float],
-        request: gr.Request,
-    ) -> _Asked:
+    def _checked(
+        self, models: Sequence[str | None], decoding: tuple[float, float, float], request: gr.Request
+    ) -> GenerationOptions:
+        """Return how both shall answer.
+
+        Raises:
+            UserError: there are not two models, or this client asks too often.
+        """
         if None in models:
             raise UserError("Choose two models to compare; --models-dir offers all of a folder.")
         for _ in models:
             self.services.check_rate(request)
         temperature, top_p, max_new_tokens = decoding
-        options = GenerationOptions(
-            temperature=float(temperature), top_p=float(top_p), max_new_tokens=int(max_new_tokens)
-        )
-        pictures = self.services.visitor(browser, request).pictures
-        return _Asked(engine_messages(conversation, pictures), options, request)
+        return GenerationOptions(temperature=float(temperature), top_p=float(top_p), max_new_tokens=int(max_new_tokens))
 
     def _load(self, sides: Sequence[_Side]) -> Iterator[None]:
         """Load what is not loaded yet, one after the other, since memory is looked at before each."""
@@ -259,12 +258,9 @@ class CompareSection:
             return messages
         return [{"role": "system", "content": system}, *messages]
 
-    def _begun(
-        self, conversation: Conversation, browser: Any, sides: Sequence[_Side], request: gr.Request
-    ) -> list[Any]:
+    def _begun(self, conversation: Conversation, visitor: Visitor, sides: Sequence[_Side]) -> list[Any]:
         """Outputs when a question has been taken."""
-        pictures = self.services.visitor(browser, request).pictures
-        thumbnails = "".join(_thumbnail(pictures.open(name)) for name in conversation.pictures)
+        thumbnails = "".join(_thumbnail(visitor.pictures.open(name)) for name in conversation.pictures)
         text = f"<div class='written'>{as_html(conversation.messages[-1].text)}</div>"
         return [
             {"text": "", "files": []},

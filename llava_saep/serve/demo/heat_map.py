@@ -78,14 +78,14 @@ def draw_attention(
     """Draw one part's tokens over the image.
 
     Args:
-        image: RGB, of the layout's size.
+        image: of the layout's size, or a smaller copy of it.
         values: (tokens,), not negative; None: the grid alone.
         part: which of the layout's maps to draw.
         title: of the legend.
     """
     maps = [token_map for token_map in layout.maps if token_map.part == part]
     canvas = _canvas_around(layout.size, maps)
-    drawing = _drawn_image(image, canvas)
+    drawing = _drawn_image(image, layout.size, canvas)
     if values is not None:
         strongest = max(float(token_map.arrange(values).max()) for token_map in maps)
         for token_map in maps:
@@ -96,14 +96,15 @@ def draw_attention(
 
 
 def draw_bars(
-    image: Image.Image, values: np.ndarray | None, *, title: str = "share of attention per token"
+    image: Image.Image, size: ImageSize, values: np.ndarray | None, *, title: str = "share of attention per token"
 ) -> Image.Image:
     """Draw the image, and below it a bar for each of the tokens, in their order, where those have no place on it.
 
     Args:
+        size: of the image, which may be a smaller copy here.
         values: (tokens,), not negative; None: the image alone.
     """
-    drawing = _drawn_image(image, _canvas_around(ImageSize(image.height, image.width), ()))
+    drawing = _drawn_image(image, size, _canvas_around(size, ()))
     if values is None:
         return drawing
     bars, strongest = _bars(values, drawing.width), float(values.max())
@@ -126,6 +127,13 @@ def _bars(values: np.ndarray, width: int) -> Image.Image:
     return drawing
 
 
+def as_drawn(image: Image.Image) -> Image.Image:
+    """Return an RGB copy that has no more pixels than a drawing shows."""
+    copy = image.convert("RGB")
+    copy.thumbnail((LONGER_SIDE, LONGER_SIDE), Image.Resampling.LANCZOS)
+    return copy
+
+
 def colours(fractions: np.ndarray) -> np.ndarray:
     """Colour values between 0 and 1: (...) -> (..., 3), 0 to 255."""
     places = np.linspace(0, 1, len(_ANCHORS))
@@ -142,10 +150,10 @@ def _canvas_around(size: ImageSize, maps: Sequence[TokenMap]) -> _Canvas:
     return _Canvas(left, top, right - left, bottom - top)
 
 
-def _drawn_image(image: Image.Image, canvas: _Canvas) -> Image.Image:
+def _drawn_image(image: Image.Image, size: ImageSize, canvas: _Canvas) -> Image.Image:
     drawing = Image.new("RGB", (canvas.size.width, canvas.size.height), _PADDING_COLOUR)
     left, top = round(canvas.x(0)), round(canvas.y(0))
-    width, height = round(canvas.x(image.width)) - left, round(canvas.y(image.height)) - top
+    width, height = round(canvas.x(size.width)) - left, round(canvas.y(size.height)) - top
     if canvas.scale >= _PIXELS_SHOW:
         resampling = Image.Resampling.NEAREST
     else:

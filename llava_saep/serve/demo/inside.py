@@ -12,8 +12,8 @@ from llava_saep.generation.messages import Message
 from llava_saep.model.token_layout import TILES, WHOLE
 from llava_saep.serve.demo.chat_section import ACCEPTED_FILES
 from llava_saep.serve.demo.conversation import Conversation
+from llava_saep.serve.demo.history import Visitor
 from llava_saep.serve.demo.look import HINT, Look, LookStore, View, drawn, facts_of, layer_choices, note, visible
-from llava_saep.serve.demo.pictures import engine_messages
 from llava_saep.serve.demo.services import ChatParts, DemoServices
 from llava_saep.serve.demo.text import as_html, told
 
@@ -159,8 +159,8 @@ class InsideSection:
                 raise UserError("This answer is no longer there; choose another.")
             answer = conversation.messages[place]
             asked = dataclasses.replace(conversation, messages=conversation.messages[:place])
-            messages = engine_messages(asked, self.services.visitor(browser, request).pictures)
-            name = self._looked(answer.model_id, messages, answer.text, answer.statistics, request)
+            with self.services.decoded(asked, self.services.visitor(browser, request)) as messages:
+                name = self._looked(answer.model_id, messages, answer.text, answer.statistics, request)
         except Exception as error:  # every kind becomes a message
             return self._refused(error, choices, place)
         return self._shown(name, _identity(conversation, place), gr.update(choices=choices, value=place))
@@ -172,16 +172,17 @@ class InsideSection:
         text, statistics = "", None
         try:
             self.services.check_rate(request)
-            messages = self._messages(question, browser, request)
+            conversation, visitor = self._asked(question, browser, request)
             options = GenerationOptions(max_new_tokens=self.services.settings.options.max_new_tokens)
-            for partial in self.services.answer(model_id, messages, options, request):
-                text, statistics = partial.text, partial.statistics
-                yield [gr.skip(), *self._writing(text)]
-            fields = statistics and {
-                **dataclasses.asdict(statistics),
-                "tokens_per_second": statistics.tokens_per_second,
-            }
-            name = self._looked(model_id, messages, text, fields, request)
+            with self.services.decoded(conversation, visitor) as messages:
+                for partial in self.services.answer(model_id, messages, options, request):
+                    text, statistics = partial
+                    yield [gr.skip(), *self._writing(text)]
+                fields = statistics and {
+                    **dataclasses.asdict(statistics),
+                    "tokens_per_second": statistics.tokens_per_second,
+                }
+                name = self._looked(model_id, messages, text, fields, request)
         except Exception as error:  # every kind becomes a message
             yield [gr.skip(), *self._refused(error, None, None)]
             return
@@ -207,13 +208,13 @@ class InsideSection:
 
     # Steps
 
-    def _messages(self, question: Mapping[str, Any], browser: Any, request: gr.Request) -> list[Message]:
+    def _asked(self, question: Mapping[str, Any], browser: Any, request: gr.Request) -> tuple[Conversation, Visitor]:
         files = question.get("files") or []
         if not files:
             raise UserError("Add a picture: without one there is nothing to look at.")
-        pictures = self.services.visitor(browser, request).pictures
-        names = tuple(pictures.add_upload(path) for path in files)
-        return engine_messages(Conversation.new().with_question(question.get("text") or "", names), pictures)
+        visitor = self.services.visitor(browser, request)
+        names = tuple(visitor.pictures.add_upload(path) for path in files)
+        return Conversation.new().with_question(question.get("text") or "", names), visitor
 
     def _looked(
         self,
@@ -226,7 +227,7 @@ class InsideSection:
         """Look into an answer, and return the name under which that is kept."""
         maps = self.services.look_inside(model_id, messages, answer, request)
         projector = self.services.catalog.engine(model_id).description.projector
-        return self.looks.put(Look(maps, model_id or "", projector, statistics))
+        return self.looks.put(Look.of(maps, model_id or "", projector, statistics))
 
     def _writing(self, text: str) -> list[Any]:
         """Outputs while an answer is written."""

@@ -14,7 +14,7 @@ from PIL import Image
 from llava_saep.errors import UserError
 from llava_saep.generation.attention_maps import AttentionMaps, ImageAttention
 from llava_saep.model.token_layout import TILES, WHOLE
-from llava_saep.serve.demo.heat_map import draw_attention, draw_bars, percent
+from llava_saep.serve.demo.heat_map import as_drawn, draw_attention, draw_bars, percent
 from llava_saep.serve.demo.text import as_html
 
 MAX_KEPT_BYTES = 512 * 10**6
@@ -35,6 +35,12 @@ class Look:
     model_id: str
     projector: str
     statistics: Mapping[str, Any] | None
+
+    @classmethod
+    def of(cls, maps: AttentionMaps, model_id: str, projector: str, statistics: Mapping[str, Any] | None) -> "Look":
+        """Keep of the pictures what is drawn of them."""
+        images = tuple(dataclasses.replace(image, image=as_drawn(image.image)) for image in maps.images)
+        return cls(dataclasses.replace(maps, images=images), model_id, projector, statistics)
 
     @property
     def num_bytes(self) -> int:
@@ -108,7 +114,8 @@ def drawn(look: Look, view: View) -> tuple[Image.Image, str]:
     title = "above the answer's average" if view.only_above else "share of attention per token"
     parts = [token_map.part for token_map in image.layout.maps]
     if not parts:
-        return draw_bars(image.image, values, title=title), _caption(look, image, view, values, layers)
+        drawing = draw_bars(image.image, image.layout.size, values, title=title)
+        return drawing, _caption(look, image, view, values, layers)
     part = view.part if view.part in parts else WHOLE  # a thin image may have lost its tiles
     drawing = draw_attention(image.image, image.layout, values, part=part, with_grid=view.with_grid, title=title)
     return drawing, _caption(look, image, dataclasses.replace(view, part=part), values, layers)

@@ -69,7 +69,7 @@ table.numbers { width: 100%; margin-top: 10px; border-collapse: collapse; font-s
   border-width: 1px 0 0 !important; }
 table.numbers th { text-align: left; font-weight: 400; color: var(--body-text-color-subdued); }
 table.numbers td { text-align: right; font-variant-numeric: tabular-nums; }
-/* Words of an answer stand one behind the other and are chosen by a click, or with the arrow keys. */
+/* Words of an answer stand one behind the other and are chosen by a click, or with Tab and the space bar. */
 #inside-picture img { max-height: min(64dvh, 560px); object-fit: contain; }
 #inside-tokens .wrap { gap: 3px; }
 #inside-tokens label { padding: 3px 7px; white-space: pre; box-shadow: none; }

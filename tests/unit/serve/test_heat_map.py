@@ -78,7 +78,7 @@ def test_grid_alone_changes_lines_and_nothing_else():
 
 
 def test_bars_stand_for_tokens_without_a_place():
-    drawing = draw_bars(image(ImageSize(40, 80)), np.array([0.0, 0.5, 1.0, 0.25]))
+    drawing = draw_bars(image(ImageSize(40, 80)), ImageSize(40, 80), np.array([0.0, 0.5, 1.0, 0.25]))
     heights = [
         sum(drawing.getpixel((round((index + 0.5) * LONGER_SIDE / 4), y)) == tuple(colours(np.array(value)).astype(int))
             for y in range(LONGER_SIDE // 2, LONGER_SIDE // 2 + 160))
@@ -97,7 +97,7 @@ def test_colours_grow_in_lightness():
 def test_nothing_to_show_is_drawn_too():
     size = ImageSize(4, 4)
     draw_attention(image(size), layout(spans(0, 4, 2), spans(0, 4, 2), size), np.zeros(4), part=WHOLE, with_grid=True)
-    draw_bars(image(size), np.zeros(3))
+    draw_bars(image(size), size, np.zeros(3))
 
 
 @pytest.mark.parametrize(("share", "text"), [(0.159, "15.9 %"), (0.0012, "0.12 %"), (0, "0.0 %"), (1, "100.0 %")])
