@@ -136,7 +136,7 @@ class LocalEngine(Engine):
             model_id=self.model_id,
             projector=predictor.model.config.projector["name"],
             tokens_per_image=predictor.num_image_tokens,
-            context_length=predictor.context_length,
+            context_length=self.settings.max_length or predictor.context_length,
             template=predictor.template.name,
             takes_system=predictor.template.takes_system,
             device=str(predictor.model.device),
@@ -196,14 +196,19 @@ class LocalEngine(Engine):
         if limit is not None and length + options.max_new_tokens > limit:
             raise UserError(
                 f"the conversation has {length} tokens (images included) and asks for up to {options.max_new_tokens} "
-                f"more, but the static cache has {limit}; shorten it, lower max_new_tokens or make max_length larger"
+                f"more, but the static cache has {limit} (--kv-cache-tokens); shorten it or lower max_new_tokens"
             )
 
     def _compile(self) -> None:
         """Let the first question, which compiles, be our own: it takes so long that nobody should wait for it."""
-        question = [{"role": "user", "content": "Hello"}]
-        for _ in self.stream(question, GenerationOptions(max_new_tokens=4)):
-            pass
+        answer = self.stream([{"role": "user", "content": "Hello"}], GenerationOptions(max_new_tokens=4))
+        try:
+            for _ in answer:
+                pass
+        except RuntimeError as error:  # such as a machine without a C++ compiler
+            self.close()
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"the model's decoding cannot be compiled here: {reason}; leave out --compile") from error
 
     def _write(self, answer: Answer) -> None:
         """Let the model write one answer; runs in its thread."""

@@ -264,12 +264,22 @@ def test_memory_of_earlier_chats_is_given_up_for_a_new_one(saep, images, monkeyp
     assert text and statistics.cached_tokens == 0 and len(calls) == 2
 
 
+def test_machine_that_cannot_compile_is_told_so(saep, monkeypatch):
+    def fail(**kwargs):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nand more")
+
+    monkeypatch.setattr(saep.model, "generate", fail)
+    with pytest.raises(UserError, match="cannot be compiled here: .* compiler found; leave out --compile"):
+        LocalEngine(saep, model_id="tiny", settings=EngineSettings(cache="static", compile=True))
+
+
 def test_settings_that_do_not_go_together_are_refused(saep):
     with pytest.raises(UserError, match="needs --kv-cache static"):
         EngineSettings(compile=True)
     with pytest.raises(UserError, match="dynamic or static, got 'sliding'"):
         EngineSettings(cache="sliding")
     engine = LocalEngine(saep, model_id="tiny", settings=EngineSettings(cache="static", max_length=80))
+    assert engine.description.context_length == 80
     with pytest.raises(UserError, match="the static cache has 80"):
         engine.stream(ask([], "word " * 40), GREEDY)
 
