@@ -23,7 +23,7 @@ _OBJECT_STORE_BYTES = 512 * 2**20
 
 @contextlib.contextmanager
 def deployed(
-    folders: Mapping[str, str], settings: ReplicaSettings, **arguments: Any
+    folders: Mapping[str, str], replicas: ReplicaSettings, /, **arguments: Any
 ) -> Iterator[dict[str, ReplicatedEngine]]:
     """Start replicas of each model, wait until they are ready, and end them afterwards.
 
@@ -32,7 +32,7 @@ def deployed(
 
     Args:
         folders: by the models' names: at the same path on every machine, or hub names.
-        settings: of each model.
+        replicas: of each model.
         arguments: as for `LocalEngine.from_pretrained`.
     Yields:
         an engine for each name.
@@ -45,12 +45,12 @@ def deployed(
     with contextlib.ExitStack() as started:
         _start_ray(ray, is_own)
         started.callback(_stop_ray, ray, is_own)
-        resources = _replica_resources(ray.cluster_resources(), settings, len(folders), arguments.get("device"))
+        resources = _replica_resources(ray.cluster_resources(), replicas, len(folders), arguments.get("device"))
         engines = {}
         for model_id, folder in folders.items():
             name = f"llava-saep-{model_id}"
             started.callback(_delete_application, ray, name)
-            handle = _run_application(ray, name, (folder, model_id, arguments), settings, resources)
+            handle = _run_application(ray, name, (folder, model_id, arguments), replicas, resources)
             engines[model_id] = ReplicatedEngine(handle, handle.describe.remote().result())
         yield engines
 

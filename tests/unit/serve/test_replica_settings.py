@@ -1,9 +1,15 @@
 """--replicas and its flags: what is refused, and what the rest becomes."""
 
+import inspect
+import sys
+from types import SimpleNamespace
+
 import pytest
 
 from llava_saep.errors import UserError
+from llava_saep.generation import EngineSettings, LocalEngine, Predictor
 from llava_saep.program import AbbreviatingParser
+from llava_saep.serve import deployment
 from llava_saep.serve.deployment import _deployment_options, _environment, _import_ray, _replica_resources
 from llava_saep.serve.replica_settings import ReplicaSettings, add_replica_flags, replica_settings_from
 
@@ -72,3 +78,30 @@ def test_missing_ray_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'pip install "llava-saep\[serve\]"'):
         _import_ray()
+
+
+def test_replicas_load_the_model_with_the_programs_own_arguments(monkeypatch):
+    bound = []
+    application = SimpleNamespace(bind=lambda *arguments: bound.append(arguments))
+    handle = SimpleNamespace(describe=SimpleNamespace(remote=lambda: SimpleNamespace(result=lambda: "description")))
+    serve = SimpleNamespace(
+        start=lambda **kwargs: None,
+        deployment=lambda *args, **kwargs: application,
+        run=lambda *args, **kwargs: handle,
+        delete=lambda name: bound.append(name),
+        shutdown=lambda: None,
+    )
+    ray = SimpleNamespace(
+        init=lambda **kwargs: None, cluster_resources=lambda: {"CPU": 2.0}, serve=serve, shutdown=lambda: None
+    )
+    monkeypatch.setattr(deployment, "_import_ray", lambda: ray)
+    monkeypatch.setitem(sys.modules, "llava_saep.serve.replica", SimpleNamespace(ModelReplica=None))
+    arguments = {"device": "cpu", "settings": EngineSettings(), "template": None}
+    with deployment.deployed({"model": "folder"}, ReplicaSettings(replicas=2), **arguments) as engines:
+        assert engines["model"].description == "description"
+    assert bound == [("folder", "model", arguments, 4), "llava-saep-model"], "and they end afterwards"
+    assert set(arguments) <= accepted_by(LocalEngine.from_pretrained) | accepted_by(Predictor.from_pretrained)
+
+
+def accepted_by(function):
+    return set(inspect.signature(function).parameters)
