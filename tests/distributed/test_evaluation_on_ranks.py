@@ -135,6 +135,24 @@ def test_mistake_that_all_ranks_meet_is_told_once(data_dir, tmp_path):
     assert ["is missing" in result.output for result in results] == [True, False]
 
 
+def answer_with_llavas_program(data_dir: Path, answers: Path) -> int:
+    """What a rank does, with the flag that the deepspeed launcher adds."""
+    from llava_saep.eval import model_vqa
+
+    flags = ["--local_rank=0", "--model-path", str(TINY_MODEL), "--image-folder", str(data_dir / "pope" / "val2014")]
+    flags += ["--question-file", str(data_dir / "pope" / "llava_pope_test.jsonl"), "--answers-file", str(answers)]
+    return model_vqa.main([*flags, "--temperature", "0", "--max_new_tokens", "4", "--device", "cpu"])
+
+
+def test_llavas_program_shares_its_questions_among_ranks_too(data_dir, alone, tmp_path):
+    answers = tmp_path / "out" / "answers.jsonl"
+    results = run_ranks(answer_with_llavas_program, data_dir, answers, world_size=2, output_dir=tmp_path / "r")
+    assert [result.exit_code for result in results] == [0, 0], results
+    written = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [(line["question_id"], line["text"]) for line in written] == texts(alone)
+    assert [path.name for path in answers.parent.iterdir()] == ["answers.jsonl"]
+
+
 def test_damaged_image_of_any_rank_is_reported_by_rank_zero(tmp_path):
     folder = write_pope(tmp_path / "data")
     for index in range(2):
