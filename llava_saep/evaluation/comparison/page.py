@@ -12,7 +12,8 @@ from typing import Any
 from PIL import Image
 
 from llava_saep.evaluation.comparison import charts
-from llava_saep.evaluation.comparison.results import Curve, Disagreement, Entry, Results, disagreements
+from llava_saep.evaluation.comparison.disagreement import Disagreement, disagreements
+from llava_saep.evaluation.comparison.results import Curve, Entry, Results
 from llava_saep.evaluation.comparison.statistics import Interval
 from llava_saep.evaluation.comparison.tables import (
     Table,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import cache
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -213,8 +213,14 @@ def speed_step(
 
 
 @cache
-def _context() -> ForkServerContext:
-    """Processes forked from one that has imported everything: a step starts in a fraction of a second."""
+def _context(device: str) -> BaseContext:
+    """How processes are started.
+
+    On a processor they are forked from one that has imported everything: a step starts in a fraction of a second. A
+    fork cannot use a GPU that the process before it has so much as looked for, so there each starts from nothing.
+    """
+    if device != "cpu":
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_PRELOADED))
     return context
@@ -290,7 +296,9 @@ class Runner:
         with self._lock:
             if self._is_ending:
                 raise Interrupted
-            process = _context().Process(target=steps.run_in_child, args=(step, folder, self._placement))
+            process = _context(self._placement.device).Process(
+                target=steps.run_in_child, args=(step, folder, self._placement)
+            )
             process.start()
             self._processes.add(process)
         process.join()

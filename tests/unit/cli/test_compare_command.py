@@ -140,7 +140,7 @@ def models(tmp_path):
 
 
 def test_trained_models_are_compared_by_their_answers(models, monkeypatch, capsys):
-    monkeypatch.setattr(runs, "_context", lambda: multiprocessing.get_context("fork"))
+    monkeypatch.setattr(runs, "_context", lambda device: multiprocessing.get_context("fork"))
     command = ["compare", "--model-path", str(models / "saep" / "stage2"), str(models / "mlp2x_gelu" / "stage2")]
     command += ["--question-file", str(models / "held" / "questions.jsonl"), "--max-new-tokens", "4"]
     command += ["--output-dir", str(models / "out"), "--device", "cpu"]
@@ -166,7 +166,7 @@ def test_trained_models_are_compared_by_their_answers(models, monkeypatch, capsy
 
 
 def test_benchmarks_are_put_to_each_model(models, monkeypatch):
-    monkeypatch.setattr(runs, "_context", lambda: multiprocessing.get_context("fork"))
+    monkeypatch.setattr(runs, "_context", lambda device: multiprocessing.get_context("fork"))
     shutil.copytree(models / "held", models / "data" / "spatial_scenes" / "held_out")
     command = ["compare", "--model-path", str(models / "saep" / "stage2"), str(models / "mlp2x_gelu" / "stage2")]
     command += ["--task", "spatial_scenes", "--data-dir", str(models / "data"), "--max-new-tokens", "4"]

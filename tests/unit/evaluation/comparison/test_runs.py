@@ -22,7 +22,7 @@ from tests.fixtures import comparison as fixture
 @pytest.fixture(autouse=True)
 def forked_steps(monkeypatch):
     """Steps are forked from this process, which has imported what they need."""
-    monkeypatch.setattr(runs, "_context", lambda: multiprocessing.get_context("fork"))
+    monkeypatch.setattr(runs, "_context", lambda device: multiprocessing.get_context("fork"))
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_steps_end_when_their_comparison_is_killed(tmp_path):
     """A child that outlived its parent would write into a folder that a later comparison uses."""
 
     def compare():
-        runs._context = lambda: multiprocessing.get_context("fork")
+        runs._context = lambda device: multiprocessing.get_context("fork")
         run = make_run(tmp_path, "run", step("a", fixture.linger, seconds=60))
         Runner(Placement(device="cpu"), num_jobs=1, say=str).do([run])
 
