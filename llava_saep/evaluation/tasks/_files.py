@@ -108,7 +108,7 @@ def read_answer_file(path: Path) -> AnswerFile:
         UserError: the file is absent, or a JSON line lacks question_id or text.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such answer file")
+        raise UserError(f"{path}: no such file of answers")
     parsed = list(_parsed_lines(path))
     answers = tuple(_answer(record, place) for place, record in parsed if record is not None)
     return AnswerFile(answers, len(parsed) - len(answers))

@@ -237,7 +237,7 @@ def test_programs_run_by_their_path_and_end_with_one_sentence(path, tmp_path, mo
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / path), run_name="__main__")
     assert ended.value.code == 2
-    assert capsys.readouterr().err.strip().endswith("absent.jsonl: no such answer file")
+    assert capsys.readouterr().err.strip().endswith("absent.jsonl: no such file of answers")
 
 
 # Of scripts/v1_5/eval: what follows each program there.
