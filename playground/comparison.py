@@ -29,7 +29,7 @@ from playground.quickstart import (
 
 BUDGETS = {
     "smoke": SMOKE,
-    "quick": Settings(num_train_images=2000, num_held_out_images=60, stage1_steps=50, stage2_steps=100),
+    "quick": Settings(num_train_images=2000, num_held_out_images=100, stage1_steps=50, stage2_steps=100),
     "standard": Settings(num_train_images=4000, num_held_out_images=100, stage1_steps=100, stage2_steps=200),
     "full": Settings(),
 }
