@@ -21,6 +21,16 @@ _CLOSE_SIDE_ON_PHONES = """() => {
     if (toggle && window.innerWidth < 768) toggle.click();
 }"""
 
+# The page begins as the system is; a choice of one's own stays in the browser.
+_CHANGE_COLOURS = """() => {
+    const isDark = document.body.classList.toggle("dark");
+    localStorage.setItem("llava-saep-colours", isDark ? "dark" : "light");
+}"""
+_REMEMBER_COLOURS = """() => {
+    const chosen = localStorage.getItem("llava-saep-colours");
+    if (chosen) document.body.classList.toggle("dark", chosen === "dark");
+}"""
+
 
 def build_page(services: DemoServices, *, storage_secret: str) -> gr.Blocks:
     """Put the page together.
@@ -41,6 +51,8 @@ def build_page(services: DemoServices, *, storage_secret: str) -> gr.Blocks:
             models = ModelsSection(services)
             chats = _chats_list()
             controls = _controls(services)
+            light_or_dark = gr.Button("Light or dark", size="sm", elem_id="light-or-dark")
+            light_or_dark.click(None, js=_CHANGE_COLOURS)
         with gr.Tabs(elem_id="sections"):
             with gr.Tab("Chat", id="chat"):
                 chat = ChatSection(services, browser=browser, model=models.model, controls=controls, chats=chats)
@@ -51,6 +63,7 @@ def build_page(services: DemoServices, *, storage_secret: str) -> gr.Blocks:
         chat.restore_on(page)
         models.restore_on(page)
         page.load(None, js=_CLOSE_SIDE_ON_PHONES)
+        page.load(None, js=_REMEMBER_COLOURS)
     return page
 
 

@@ -32,6 +32,8 @@ footer { display: none !important; }
 #chat-actions .block { border-width: 0 !important; background: none; padding: 0; margin: 0; }
 #seen .caption-label { white-space: normal; max-width: 100%; }
 #chat .message img { max-height: 220px; width: auto; }
+/* Of a question with a picture nothing but the hidden button is there. */
+#chat .message-buttons-right .icon-button-wrapper { border: none; background: none; box-shadow: none; }
 #model input { text-overflow: ellipsis; padding-right: 26px; }
 """
 
