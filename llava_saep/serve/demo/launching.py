@@ -82,6 +82,15 @@ def launch(
         state_session_capacity=1000,
         theme=theme(),
         css=CSS + SECTIONS_CSS,
-        app_kwargs={"middleware": [Middleware(Protection, max_request_bytes=limits.max_request_bytes)]},
+        app_kwargs={
+            "middleware": [
+                Middleware(
+                    Protection,
+                    max_request_bytes=limits.max_request_bytes,
+                    upload_folder=Path(os.environ["GRADIO_TEMP_DIR"]),
+                    max_uploads_bytes=services.settings.max_uploads_bytes,
+                )
+            ]
+        },
     )
     return address

@@ -43,7 +43,7 @@ def build_page(services: DemoServices, *, storage_secret: str) -> gr.Blocks:
         analytics_enabled=False,
         fill_height=True,
         fill_width=True,
-        delete_cache=(3600, 86400),
+        delete_cache=(600, 7200),
     ) as page:
         browser = gr.BrowserState(None, storage_key=STORAGE_KEY, secret=storage_secret)
         with gr.Sidebar(width=300, elem_id="side"):

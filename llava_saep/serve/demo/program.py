@@ -19,7 +19,7 @@ from llava_saep.program import AbbreviatingParser
 from llava_saep.serve.access import add_access_flags, bind_socket, check_access
 from llava_saep.serve.demo.accounts import hash_password, password_check, read_accounts
 from llava_saep.serve.demo.catalog import ModelCatalog, ModelEntry, describe_folder, find_models
-from llava_saep.serve.demo.settings import MAX_HISTORY_BYTES, DemoSettings
+from llava_saep.serve.demo.settings import MAX_HISTORY_BYTES, MAX_UPLOADS_BYTES, DemoSettings
 from llava_saep.serve.engine_flags import add_engine_flags, engine_settings_from
 from llava_saep.serve.limits import add_limit_flags, limits_from
 from llava_saep.serve.remote import Endpoint, read_api_key, remote_engines
@@ -76,6 +76,12 @@ def _add_storage_flags(parser: AbbreviatingParser) -> None:
         type=int,
         default=MAX_HISTORY_BYTES,
         help="of all chats and pictures; the visitors that have been away longest make room (default: %(default)s)",
+    )
+    parser.add_flag(
+        "max-uploads-bytes",
+        type=int,
+        default=MAX_UPLOADS_BYTES,
+        help="of pictures that have been sent and not been cleared away yet, which takes hours (default: %(default)s)",
     )
 
 
@@ -174,6 +180,7 @@ def serve(args: argparse.Namespace, catalog: ModelCatalog, accounts: dict[str, s
             options=GenerationOptions(temperature=args.temperature, top_p=args.top_p),
             history_folder=history_folder,
             max_history_bytes=args.max_history_bytes,
+            max_uploads_bytes=args.max_uploads_bytes,
             feedback_file=None if args.feedback_file is None else Path(args.feedback_file),
             feedback_image_folder=None if args.feedback_image_folder is None else Path(args.feedback_image_folder),
         )

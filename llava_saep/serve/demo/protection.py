@@ -1,6 +1,7 @@
 """What stands between the network and Gradio: bounded bodies, and headers that tell the browser what to trust."""
 
 from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
 from typing import Any
 
 Scope = MutableMapping[str, Any]
@@ -19,11 +20,22 @@ HEADERS = {
 
 
 class Protection:
-    """ASGI middleware: refuses bodies above a size with 413, read or announced, and adds `HEADERS` to all answers."""
+    """ASGI middleware: refuses bodies above a size with 413, read or announced, and uploads with 507 where the disk has
+    enough of them; adds `HEADERS` to all answers.
+    """
 
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], *, max_request_bytes: int):
+    def __init__(
+        self,
+        app: Callable[[Scope, Receive, Send], Awaitable[None]],
+        *,
+        max_request_bytes: int,
+        upload_folder: Path,
+        max_uploads_bytes: int,
+    ):
         self.app = app
         self.max_request_bytes = max_request_bytes
+        self.upload_folder = upload_folder
+        self.max_uploads_bytes = max_uploads_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on."""
@@ -32,12 +44,18 @@ class Protection:
             return
         exchange = _Exchange(receive, send, self.max_request_bytes)
         if _announced_bytes(scope) > self.max_request_bytes:
-            await exchange.refuse()
+            await exchange.refuse_size()
+            return
+        if scope["path"].rstrip("/").endswith("/upload") and self._has_no_room():
+            await exchange.refuse(507, "the server has no room for more pictures; try again later")
             return
         try:
             await self.app(scope, exchange.receive, exchange.send)
         except _TooLargeError:
-            await exchange.refuse()
+            await exchange.refuse_size()
+
+    def _has_no_room(self) -> bool:
+        return sum(_num_bytes(path) for path in self.upload_folder.rglob("*")) > self.max_uploads_bytes
 
 
 class _TooLargeError(Exception):
@@ -59,7 +77,7 @@ class _Exchange:
         message = await self._receive()
         self._received += len(message.get("body", b""))
         if self._received > self._max_bytes:
-            await self.refuse()  # here, since what reads the body may answer the error in words of its own
+            await self.refuse_size()  # here, since what reads the body may answer the error in words of its own
             raise _TooLargeError
         return message
 
@@ -72,14 +90,23 @@ class _Exchange:
             message = {**message, "headers": [*message.get("headers", []), *own]}
         await self._send(message)
 
-    async def refuse(self) -> None:
+    async def refuse_size(self) -> None:
+        await self.refuse(413, f"the request has more than {self._max_bytes:,} bytes")
+
+    async def refuse(self, status: int, message: str) -> None:
         if self._has_begun:
             return
-        body = f"the request has more than {self._max_bytes:,} bytes".encode()
         headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
-        await self.send({"type": "http.response.start", "status": 413, "headers": headers})
-        await self.send({"type": "http.response.body", "body": body})
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": message.encode()})
         self._is_refused = True
+
+
+def _num_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except OSError:  # cleared away this moment
+        return 0
 
 
 def _announced_bytes(scope: Scope) -> int:

@@ -1,5 +1,6 @@
 """Safe by default: what the launched page serves, lets in and says, looked at from outside."""
 
+import asyncio
 import dataclasses
 import io
 import re
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from llava_saep.serve.demo.history import new_token
+from llava_saep.serve.demo.protection import Protection
 from tests.fixtures.demo_page import file_data, question, texts
 
 EVIL = (
@@ -137,6 +139,22 @@ def test_files_and_bodies_above_their_size_are_refused(page, tmp_path):
         "/gradio_api/queue/join", content=endless(), headers={"content-type": "application/json"}
     )
     assert answer.status_code == 413
+
+
+def test_uploads_end_where_their_room_is_full(page, picture):
+    folder = page.services.settings.working_folder / "uploads"
+    assert page.open().upload(picture).status_code == 200
+    taken = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    limits = {"max_request_bytes": 1, "upload_folder": folder}
+    assert not Protection(None, **limits, max_uploads_bytes=taken)._has_no_room()
+    full = Protection(None, **limits, max_uploads_bytes=taken - 1)
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(full({"type": "http", "path": "/gradio_api/upload", "headers": []}, None, send))
+    assert sent[0]["status"] == 507 and b"no room" in sent[1]["body"]
 
 
 def test_too_many_pictures_and_too_long_questions_are_refused(page, picture, browser):
