@@ -16,7 +16,7 @@ from llava_saep.evaluation.answer_files import Record
 from llava_saep.evaluation.asking import AskedModel
 from llava_saep.evaluation.fingerprints import file_fingerprint, files_fingerprints, questions_fingerprint
 from llava_saep.evaluation.judge import Judge, review_answers
-from llava_saep.evaluation.requirements import missing_requirements, task_folder
+from llava_saep.evaluation.requirements import check_requirements, missing_requirements, task_folder
 from llava_saep.evaluation.results import (
     collect_results,
     describe_program,
@@ -89,6 +89,7 @@ def evaluate_benchmarks(
     Raises:
         UserError: a benchmark's file is absent or malformed, or see `answer_questions`.
     """
+    check_benchmarks(tasks, settings)
     entries = {}
     for selected in tasks:
         entry = _evaluate(model, selected, settings)
@@ -136,12 +137,24 @@ def _restricted(task: T, choose: Callable[[list[TaskQuestion]], list[TaskQuestio
     return restricted
 
 
+def check_benchmarks(tasks: Sequence[TaskSplit], settings: BenchmarkSettings) -> None:
+    """Read all questions and look for their images, before a model is loaded and the first benchmark run.
+
+    Raises:
+        UserError: a file is absent or malformed; images are missing, and `settings.on_bad_image` is not "exclude".
+    """
+    check_requirements(settings.data_dir, tasks)
+    for selected in tasks:
+        task = first_questions(selected.task, settings.limit)
+        questions = task.questions(task_folder(settings.data_dir, selected), selected.split)
+        if settings.on_bad_image != "exclude":
+            check_images(questions)
+
+
 def _evaluate(model: AskedModel, selected: TaskSplit, settings: BenchmarkSettings) -> dict[str, Any] | None:
     task = first_questions(selected.task, settings.limit)
     folder = task_folder(settings.data_dir, selected)
     questions = task.questions(folder, selected.split)
-    if settings.on_bad_image != "exclude":
-        check_images(questions)
     options = decoding_options(model, task, settings)
     started = time.monotonic()
     answers = answer_questions(
@@ -211,7 +224,7 @@ def _score(
     elif missing and not scores_are_due:
         outcome.notes.append(f"not scored: {missing[0].path} is missing ({missing[0].source})")
     else:
-        outcome.result = task.score(folder, split, answers)
+        _score_labelled(selected, answers, folder, outcome, scores_are_due=scores_are_due)
     if settings.limit is None:
         _export(selected, answers, settings, outcome)
     else:
@@ -219,6 +232,18 @@ def _score(
             f"only the first {settings.limit} questions: not this benchmark's number, and no upload files"
         )
     return outcome
+
+
+def _score_labelled(
+    selected: TaskSplit, answers: Sequence[Answer], folder: Path, outcome: _Outcome, *, scores_are_due: bool
+) -> None:
+    try:
+        outcome.result = selected.task.score(folder, selected.split, answers)
+    except UserError as error:
+        if scores_are_due:
+            raise
+        # Benchmarks that come after this one shall still be run.
+        outcome.notes.append(f"not scored: {error}")
 
 
 def _export(selected: TaskSplit, answers: Sequence[Answer], settings: BenchmarkSettings, outcome: _Outcome) -> None:

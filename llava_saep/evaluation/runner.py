@@ -197,6 +197,11 @@ def _put_together(
             f"{questions[lost[0]].question_id!r}. All ranks must write to one folder; is it on a disk that all share? "
             "Give the same command again to answer what is missing."
         )
+    if excluded and len(excluded) == len(questions):
+        raise UserError(
+            f"none of the {len(questions)} questions could be put, the first one {excluded[0].question_id!r}: "
+            f"{excluded[0].reason}"
+        )
     if excluded:
         first = min(excluded, key=lambda each: each.position)
         logger.warning(

@@ -7,11 +7,11 @@ from llava_saep.errors import UserError
 from llava_saep.evaluation.benchmarks import (
     BenchmarkSettings,
     benchmark_folder,
+    check_benchmarks,
     evaluate_benchmarks,
     score_answer_file,
 )
 from llava_saep.evaluation.judge import Judge, find_api_key
-from llava_saep.evaluation.requirements import check_requirements
 from llava_saep.evaluation.results import terminal_report
 from llava_saep.evaluation.tasks import Task, find_task, select_tasks, task_names
 from llava_saep.evaluation.tasks._files import read_answers
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not tasks:
         raise UserError(f"--task {arguments.task!r} names no benchmark; --task list prints all")
     settings = _settings(arguments, chosen_output_dir(arguments))
-    check_requirements(settings.data_dir, tasks)
+    check_benchmarks(tasks, settings)
     entries = evaluate_benchmarks(AskedModel.load(chosen_model(arguments)), tasks, settings)
     if not entries:
         return 0

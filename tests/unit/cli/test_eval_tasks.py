@@ -256,6 +256,21 @@ def test_missing_labels_keep_the_answers_and_say_that_nothing_was_scored(data_di
     assert len(answer_lines(data_dir, "pope")) == 12
 
 
+def test_labels_of_other_questions_keep_the_answers_and_the_benchmarks_that_follow(data_dir):
+    for file in (data_dir / "pope" / "coco").iterdir():
+        file.write_text(json.dumps({"image": "other.jpg", "text": "Is it?", "label": "yes"}) + "\n")
+    results = run(data_dir, code=1)
+    assert results["pope"]["result"] is None and "not scored: " in results["pope"]["notes"][0]
+    assert results["spatial_scenes"]["result"] is not None
+
+
+def test_malformed_questions_of_any_benchmark_are_found_before_the_first_is_run(data_dir, capsys):
+    (data_dir / "spatial_scenes" / "held_out" / "questions.jsonl").write_text("{\n")
+    flags = ["--model-path", TINY_MODEL, "--device", "cpu", "--data-dir", data_dir, "--output-dir", data_dir / "out"]
+    assert "questions.jsonl, line 1: is not JSON" in mistake(capsys, *flags, "--task", "pope,spatial_scenes")
+    assert not (data_dir / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -300,7 +315,7 @@ def test_answer_file_is_of_one_set_of_questions(tmp_path, capsys):
 
 
 def test_absent_answer_file_is_said(tmp_path, capsys):
-    assert "a.jsonl: no such file" in mistake(capsys, "--task", "pope", "--answers", tmp_path / "a.jsonl")
+    assert "a.jsonl: no such" in mistake(capsys, "--task", "pope", "--answers", tmp_path / "a.jsonl")
 
 
 def test_list_names_every_benchmark_with_its_splits(capsys):

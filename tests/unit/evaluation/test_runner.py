@@ -265,6 +265,13 @@ def test_refused_prompt_costs_its_own_question_alone(tmp_path):
     assert "context is 512" in answers.excluded[0].reason
 
 
+def test_run_in_which_nothing_could_be_asked_is_a_mistake(tmp_path):
+    (tmp_path / "pointer.png").write_text("version https://git-lfs.github.com/spec/v1")
+    questions = [question(index, images=(tmp_path / "pointer.png",)) for index in range(3)]
+    with pytest.raises(UserError, match=r"none of the 3 questions could be put, the first one .*pointer\.png: cannot"):
+        answer(Model(), tmp_path / "answers.jsonl", questions)
+
+
 def test_no_more_images_are_open_than_those_of_two_batches(tmp_path):
     """A benchmark's images do not fit into memory together."""
     opened, answered, most = [], [], []
