@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import ssl
 import subprocess
 import time
@@ -13,7 +12,7 @@ import pytest
 
 from llava_saep.generation import GenerationOptions
 from llava_saep.serve.remote import Endpoint, remote_engines
-from tests.fixtures.programs import ROOT, running, wait_for_port
+from tests.fixtures.programs import ROOT, free_port, running, wait_for_port
 
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -33,12 +32,6 @@ http {{
     uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
     include {folder}/site.conf;
 }}"""
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def site(folder, ports):
