@@ -32,7 +32,7 @@ _WEAKEST, _STRONGEST = 0.25, 0.70
 """Opacity of the lowest and of the highest value, so that the image shows through and hot cells still stand out."""
 
 _LEGEND_HEIGHT, _BARS_HEIGHT = 48, 160
-_PIXELS_SHOW = 6
+_PIXELS_SHOW = 4
 """Scale from which on an image's own pixels are drawn as squares: smoothed, it would look out of focus."""
 _PADDING_COLOUR = (128, 128, 128)
 _PANEL, _INK = (24, 28, 36), (236, 238, 242)

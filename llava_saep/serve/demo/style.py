@@ -67,8 +67,8 @@ SECTIONS_CSS = """
   border: 1px solid var(--error-border-color); border-radius: var(--radius-md); overflow-wrap: anywhere; }
 table.numbers { width: 100%; margin-top: 10px; border-collapse: collapse; font-size: var(--text-sm); }
 #compare :is(table.numbers, table.numbers tr) { border: none !important; background: none !important; }
-#compare table.numbers :is(th, td) { padding: 4px 0 !important; border: solid var(--border-color-primary) !important;
-  border-width: 1px 0 0 !important; }
+#compare table.numbers :is(th, td) { padding: 5px 0 !important; border: none !important;
+  box-shadow: inset 0 1px var(--border-color-primary); }
 table.numbers th { text-align: left; font-weight: 400; color: var(--body-text-color-subdued); }
 table.numbers td { text-align: right; font-variant-numeric: tabular-nums; }
 /* Words of an answer stand one behind the other and are chosen by a click, or with Tab and the space bar. */
