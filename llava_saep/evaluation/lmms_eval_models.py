@@ -5,7 +5,6 @@ Answers come from `Predictor`, as everywhere: prompt template, image preparation
 empty line: a model that learnt from conversations ends its answers itself.
 """
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,16 +12,19 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
-from PIL import Image
 from tqdm import tqdm
 
-from llava_saep.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava_saep.errors import UserError
-from llava_saep.generation import GenerationOptions, Predictor
+from llava_saep.evaluation.lmms_eval_adapter import (
+    Message,
+    batches_of,
+    checked_image,
+    generation_options,
+    marked_content,
+    ordered_message,
+)
+from llava_saep.generation import Predictor
 
-Message = dict[str, Any]
-DEFAULT_MAX_NEW_TOKENS = 1024
-"""Where a task names no limit; lmms-eval's models take this one."""
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -139,65 +141,3 @@ class LlavaSaepChat(_LlavaSaep):
         for image in images:
             checked_image(image, task)
         return [ordered_message(message) for message in messages.to_hf_messages()]
-
-
-def batches_of(requests: Sequence[Instance], batch_size: int) -> list[list[int]]:
-    """Indices of requests that are answered together: one task, equal settings, longest prompts first."""
-
-    def settings_of(request: Instance) -> str:
-        return repr((request.task_name, sorted((k, v) for k, v in _settings(request).items())))
-
-    groups: dict[str, list[int]] = {}
-    for index, request in enumerate(requests):
-        groups.setdefault(settings_of(request), []).append(index)
-    batches = []
-    for indices in groups.values():
-        indices.sort(key=lambda index: -len(requests[index].args[0]))
-        batches += [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
-    return batches
-
-
-def _settings(request: Instance) -> Mapping[str, Any]:
-    return next(argument for argument in request.args if isinstance(argument, Mapping))
-
-
-def generation_options(settings: Mapping[str, Any]) -> GenerationOptions:
-    """Read a task's `generation_kwargs`; what it leaves open is greedy."""
-    temperature = float(settings.get("temperature") or 0.0)
-    if settings.get("do_sample") is False:
-        temperature = 0.0
-    return GenerationOptions(
-        max_new_tokens=int(settings.get("max_new_tokens") or DEFAULT_MAX_NEW_TOKENS),
-        temperature=temperature,
-        top_p=float(settings.get("top_p") or 1.0),
-        num_beams=int(settings.get("num_beams") or 1),
-    )
-
-
-def marked_content(context: str, images: Sequence[Any]) -> list[dict[str, Any]]:
-    """The content of a message: images where the text says `<image>`, or before it where it says so nowhere."""
-    text = context.replace(DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER) if images else context
-    return [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
-
-
-def ordered_message(message: Message) -> Message:
-    """The same message with marks in its text where images stand after or between texts."""
-    parts = message["content"]
-    images = [part for part in parts if part["type"] == "image"]
-    if all(part["type"] == "image" for part in parts[: len(images)]):
-        return message
-    text = "\n".join(IMAGE_PLACEHOLDER if part["type"] == "image" else part["text"] for part in parts)
-    return {**message, "content": [*images, {"type": "text", "text": text}]}
-
-
-def checked_image(image: Any, task: str) -> Any:
-    """The image itself.
-
-    Raises:
-        UserError: it is something else, such as a video's frames or a sound.
-    """
-    if not isinstance(image, Image.Image | str):
-        raise UserError(
-            f"task {task} gives a {type(image).__name__}; llava_saep sees images (PIL, or the path of a file)"
-        )
-    return image
