@@ -85,14 +85,17 @@ def _compare(page: DemoPage, picture: Path) -> None:
     """Ask twice, since the first time a model is loaded and both are slower."""
     page.open_section("Compare")
     page.page.locator("#compare-chat").click()
-    _wait_for_both(page)
+    _wait_for_both(page, QUESTIONS[1])
     page.ask(QUESTIONS[0], picture, field="#compare-question")
-    _wait_for_both(page)
+    _wait_for_both(page, QUESTIONS[0])
 
 
-def _wait_for_both(page: DemoPage) -> None:
-    page.page.locator("#compare-stop").wait_for()
-    page.wait_until(lambda: not page.page.locator("#compare-stop").is_visible(), seconds=60)
+def _wait_for_both(page: DemoPage, question: str) -> None:
+    asked = page.page.locator("#compare-asked")
+    columns = ("left", "right")
+    page.wait_until(
+        lambda: question in asked.inner_text() and all("complete" in page.column(side) for side in columns), seconds=60
+    )
 
 
 def _take(page: DemoPage, path: Path) -> None:
