@@ -21,7 +21,7 @@ COMMANDS = {
     "chat": Command("llava_saep.commands.chat", "talk in the terminal with any saved model about images"),
     "demo": Command("llava_saep.commands.demo", "the same in a web page: chats, pictures, several models"),
     "serve": Command("llava_saep.commands.serve", "answer programs over HTTP, in the protocol of OpenAI's clients"),
-    "eval": Command("llava_saep.commands.evaluate", "answer a file of questions and score the answers"),
+    "eval": Command("llava_saep.commands.evaluate", "answer benchmarks or a file of questions, and score the answers"),
     "compare": Command("llava_saep.commands.compare", "train projectors alike and compare them, or trained models"),
     "projectors": Command("llava_saep.commands.projectors", "list, show, check, measure and document the projectors"),
     "bench": Command("llava_saep.commands.bench", "measure training steps on the machine at hand"),

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_saep.errors import UserError
 from llava_saep.evaluation.fingerprints import text_fingerprint
 from llava_saep.evaluation.tasks import TaskQuestion
 
@@ -86,11 +87,18 @@ def write_together(path: Path, records: Iterable[Record | None], metadata: Mappi
 
 
 def rewrite(path: Path, records: Iterable[Record]) -> None:
-    """Replace the file as a whole, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Replace the file as a whole, or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json_line(record) for record in records), encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text("".join(json_line(record) for record in records), encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error}); choose another place for answers") from error
 
 
 def json_line(record: Mapping[str, Any]) -> str:

@@ -69,6 +69,14 @@ def test_answers_are_written_in_llavas_format(tmp_path):
     assert len({record["answer_id"] for record in records}) == 5
 
 
+def test_place_that_cannot_be_written_to_is_said_before_anything_is_asked(tmp_path):
+    (tmp_path / "file").write_text("")
+    model = Model()
+    with pytest.raises(UserError, match="cannot be written .*; choose another place for answers"):
+        answer(model, tmp_path / "file" / "answers.jsonl")
+    assert model.batches == []
+
+
 def test_fields_of_a_benchmark_stand_in_its_answer_lines(tmp_path):
     path = tmp_path / "answers.jsonl"
     rounds = [question(7, "Which?", answer_fields={"round_id": index, "options": ["a", "b"]}) for index in range(2)]
