@@ -1,6 +1,12 @@
 """--allowed-image-hosts: addresses of these hosts alone, public ones, checked where the connection goes."""
 
+import contextlib
 import ipaddress
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
 import time
 
 import httpx
@@ -208,3 +214,66 @@ def test_without_the_flag_nothing_is_fetched():
         ImageFetcher(frozenset(), max_bytes=10, resolve=lambda host: pytest.fail("looked up")).fetch(
             "https://a.example", 0
         )
+
+
+@pytest.fixture
+def https_server(tmp_path, monkeypatch):
+    """A host with a certificate, where connections to PUBLIC end; a function from its name to what it was asked."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl, to make a certificate")
+    with contextlib.ExitStack() as open_sockets:
+        listener = open_sockets.enter_context(socket.create_server(("127.0.0.1", 0)))
+        connect = socket.create_connection
+        asked = {}
+
+        def connect_here(address, *args, **kwargs):
+            asked["address"] = address
+            return connect(listener.getsockname(), *args, **kwargs)
+
+        monkeypatch.setattr(socket, "create_connection", connect_here)
+
+        def answer(context):
+            with contextlib.suppress(OSError):  # a client that does not trust the certificate hangs up
+                connection, _ = listener.accept()
+                with context.wrap_socket(connection, server_side=True) as secured:
+                    asked["request"] = secured.recv(65_536)
+                    secured.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nimage")
+
+        def start(certified_name):
+            made = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+            made += ["-keyout", "key", "-out", "cert", "-days", "2", "-subj", "/CN=test"]
+            made += ["-addext", f"subjectAltName=DNS:{certified_name}"]
+            subprocess.run(made, cwd=tmp_path, check=True, capture_output=True)
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(tmp_path / "cert", tmp_path / "key")
+            context.sni_callback = lambda sock, name, context: asked.update(server_name=name)
+            thread = threading.Thread(target=answer, args=(context,), daemon=True)
+            thread.start()
+            trust = ssl.create_default_context(cafile=tmp_path / "cert")
+            fetch = ImageFetcher(
+                frozenset({"images.example"}),
+                max_bytes=10,
+                resolve=lambda host: [PUBLIC],
+                transport=httpx.HTTPTransport(verify=trust),
+            )
+            return fetch, asked
+
+        yield start
+
+
+def test_the_certificate_must_be_the_names(https_server):
+    """Over real TLS: to the checked address, under the host's name."""
+    fetch, asked = https_server("images.example")
+    assert fetch.fetch("https://images.example/a.png", fetch.deadline()) == b"image"
+    assert asked["address"] == (PUBLIC, 443) and asked["server_name"] == "images.example"
+    assert (
+        asked["request"].startswith(b"GET /a.png HTTP/1.1\r\n") and b"\r\nHost: images.example\r\n" in asked["request"]
+    )
+
+
+@pytest.mark.parametrize("certified_name", ["other.example", PUBLIC])
+def test_a_certificate_of_another_name_is_refused(https_server, certified_name):
+    fetch, asked = https_server(certified_name)
+    with pytest.raises(UserError, match="cannot be fetched"):
+        fetch.fetch("https://images.example/a.png", fetch.deadline())
+    assert "request" not in asked
