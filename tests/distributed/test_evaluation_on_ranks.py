@@ -144,6 +144,7 @@ def answer_with_llavas_program(data_dir: Path, answers: Path) -> int:
     return model_vqa.main([*flags, "--temperature", "0", "--max_new_tokens", "4", "--device", "cpu"])
 
 
+@pytest.mark.slow
 def test_llavas_program_shares_its_questions_among_ranks_too(data_dir, alone, tmp_path):
     answers = tmp_path / "out" / "answers.jsonl"
     results = run_ranks(answer_with_llavas_program, data_dir, answers, world_size=2, output_dir=tmp_path / "r")
@@ -153,6 +154,7 @@ def test_llavas_program_shares_its_questions_among_ranks_too(data_dir, alone, tm
     assert [path.name for path in answers.parent.iterdir()] == ["answers.jsonl"]
 
 
+@pytest.mark.slow
 def test_damaged_image_of_any_rank_is_reported_by_rank_zero(tmp_path):
     folder = write_pope(tmp_path / "data")
     for index in range(2):

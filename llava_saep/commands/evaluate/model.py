@@ -1,6 +1,7 @@
 """Which model answers, and where its answers go, as the flags say."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from llava_saep.evaluation.asking import ModelChoice
@@ -12,9 +13,15 @@ def chosen_model(arguments: argparse.Namespace) -> ModelChoice:
     Raises:
         UserError: it cannot be had, or two ways of rounding are asked for.
     """
+    import torch
+
     from llava_saep.model.hub import local_folder
     from llava_saep.model.quantization import QuantizationConfig
+    from llava_saep.train import distributed
 
+    hint = idle_gpus_hint(arguments.device, torch.cuda.device_count(), distributed.world_size())
+    if hint:
+        print(hint, file=sys.stderr)
     path = Path(arguments.model_path).expanduser()
     return ModelChoice(
         path=local_folder(path),
@@ -24,6 +31,16 @@ def chosen_model(arguments: argparse.Namespace) -> ModelChoice:
         device=arguments.device,
         quantization=QuantizationConfig.for_loading(load_4bit=arguments.load_4bit, load_8bit=arguments.load_8bit),
         trust_projector_code=arguments.trust_projector_code,
+    )
+
+
+def idle_gpus_hint(device: str | None, num_gpus: int, num_ranks: int) -> str:
+    """How to use all GPUs of this machine, where one process would leave some idle; else empty."""
+    if device is not None or num_ranks > 1 or num_gpus < 2:
+        return ""
+    return (
+        f"one of {num_gpus} GPUs is used; all are by: torchrun --nproc_per_node {num_gpus} -m "
+        "llava_saep.commands.evaluate, with the same flags"
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from llava_saep.cli import main
+from llava_saep.commands.evaluate.model import idle_gpus_hint
 from llava_saep.evaluation.results import SCHEMA
 from llava_saep.evaluation.tasks import JudgedTask, find_task, select_tasks, task_names
 from tests.fixtures.benchmarks import write_sample
@@ -316,6 +317,15 @@ def test_answer_file_is_of_one_set_of_questions(tmp_path, capsys):
 
 def test_absent_answer_file_is_said(tmp_path, capsys):
     assert "a.jsonl: no such" in mistake(capsys, "--task", "pope", "--answers", tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("device", "num_gpus", "num_ranks", "is_said"),
+    [(None, 8, 1, True), (None, 8, 8, False), (None, 1, 1, False), ("cuda:3", 8, 1, False), (None, 0, 1, False)],
+)
+def test_gpus_that_would_idle_are_pointed_out(device, num_gpus, num_ranks, is_said):
+    hint = idle_gpus_hint(device, num_gpus, num_ranks)
+    assert ("torchrun --nproc_per_node 8 -m llava_saep.commands.evaluate" in hint) == is_said == bool(hint)
 
 
 def test_list_names_every_benchmark_with_its_splits(capsys):
