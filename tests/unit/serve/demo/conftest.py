@@ -1,5 +1,8 @@
 """One launched page for all tests of this folder, in front of an engine whose answers are known."""
 
+import ipaddress
+import sys
+
 import pytest
 
 from llava_saep.serve.limits import Limits
@@ -24,7 +27,32 @@ class DemoPage:
 
 
 @pytest.fixture(scope="session")
-def launched_page(tmp_path_factory):
+def asked_hosts():
+    """Addresses and names outside of this machine that this process has asked for since the fixture was made."""
+    asked, is_over = [], []
+
+    def note(event, arguments):
+        if is_over or event not in ("socket.connect", "socket.getaddrinfo"):
+            return
+        host = arguments[1][0] if event == "socket.connect" and isinstance(arguments[1], tuple) else arguments[0]
+        if isinstance(host, (str, bytes)) and not _is_own(host):
+            asked.append(host)
+
+    sys.addaudithook(note)  # cannot be taken away
+    yield asked
+    is_over.append(True)
+
+
+def _is_own(host):
+    host = host.decode() if isinstance(host, bytes) else host
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host in ("localhost", "")
+
+
+@pytest.fixture(scope="session")
+def launched_page(tmp_path_factory, asked_hosts):
     engine = ScriptedEngine(["Hello", " there"])
     likes = tmp_path_factory.mktemp("likes") / "likes.jsonl"
     with launched({"scripted": engine}, limits=LIMITS, feedback_file=likes) as (services, address):

@@ -42,6 +42,12 @@ def test_the_browser_is_told_to_ask_no_other_host(page):
     assert headers["referrer-policy"] == "no-referrer" and headers["x-content-type-options"] == "nosniff"
 
 
+def test_the_server_asks_no_other_host(page, picture, browser, asked_hosts):
+    visitor = page.open()
+    visitor.ask("Look at http://evil.example/a.png", file_data(visitor.upload(picture).json()[0]), browser=browser)
+    assert page.engine.asked and asked_hosts == []  # since before the page was built
+
+
 def test_share_links_analytics_and_apis_are_off(page):
     visitor = page.open()
     config = visitor.config
