@@ -53,7 +53,7 @@ def statistics_line(statistics: Mapping[str, Any]) -> str:
     parts = []
     if statistics["image_tokens"]:
         parts.append(f"{statistics['image_tokens']:,} image tokens of {statistics['prompt_tokens']:,}")
-    else:
+    elif statistics["prompt_tokens"]:  # 0: a server's count of them did not come
         parts.append(f"{statistics['prompt_tokens']:,} prompt tokens")
     if statistics["cached_tokens"]:
         parts.append(f"{statistics['cached_tokens']:,} re-used")
