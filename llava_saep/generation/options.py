@@ -1,5 +1,6 @@
 """How an answer is decoded, and how an engine goes about it: the values that every front end hands on."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,6 +36,13 @@ class GenerationOptions:
             raise UserError(f"num_beams must be at least 1, got {self.num_beams}")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise UserError(f"seed must lie between 0 and 2**63 - 1, got {self.seed}")
+
+    def fitting(self, context_length: int | None) -> "GenerationOptions":
+        """Halve the answer's limit until it leaves room for a prompt, for models with a short context (None: none)."""
+        limit = self.max_new_tokens
+        while context_length is not None and limit > context_length // 2:
+            limit //= 2
+        return dataclasses.replace(self, max_new_tokens=max(limit, 1))
 
     def to_generate_kwargs(self) -> dict[str, Any]:
         """Return the keyword arguments of transformers' `generate`."""

@@ -148,11 +148,7 @@ class Predictor:
 
     def fit(self, options: GenerationOptions) -> GenerationOptions:
         """Halve an answer's limit until it leaves room for a prompt, for models with a short context."""
-        context = self.context_length
-        limit = options.max_new_tokens
-        while context is not None and limit > context // 2:
-            limit //= 2
-        return dataclasses.replace(options, max_new_tokens=max(limit, 1))
+        return options.fitting(self.context_length)
 
     def prompt_text(self, messages: Sequence[Message]) -> str:
         """The text that the model is asked to go on from, with a marker for each image; errors as `generate`."""

@@ -16,6 +16,7 @@ from llava_saep.generation import AnswerStatistics, GenerationOptions, LocalEngi
 from llava_saep.model.quantization import QuantizationConfig
 from llava_saep.program import AbbreviatingParser
 from llava_saep.serve.engine_flags import add_engine_flags, engine_settings_from
+from llava_saep.serve.remote import API_KEY_VARIABLE, Endpoint, RemoteEngine, read_api_key, remote_engines
 from llava_saep.serve.saved_chat import load_chat, save_chat
 
 HELP = """\
@@ -289,7 +290,11 @@ def _edit_lines() -> None:
 def build_parser(prog: str = "llava-saep chat") -> argparse.ArgumentParser:
     """Return the parser; its flags carry LLaVA's names."""
     parser = AbbreviatingParser(prog=prog, description=__doc__)
-    parser.add_flag("model-path", required=True, help="folder that training wrote (--output_dir), or hub name")
+    parser.add_flag(
+        "model-path", help="folder that training wrote (--output_dir), or hub name; with --api the model's name there"
+    )
+    parser.add_flag("api", metavar="URL", help="ask a server with OpenAI's protocol, such as llava-saep serve")
+    parser.add_flag("api-key-file", help=f"file with that server's key (or the variable {API_KEY_VARIABLE})")
     parser.add_flag(
         "model-base", help="language model of a projector or adapter, where that is not known, or has moved"
     )
@@ -323,25 +328,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = GenerationOptions(
         max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed
     )
-    settings = engine_settings_from(args)
     images = [find_image(path) for path in args.image_file]  # before the model is loaded, which may take long
-    engine = LocalEngine.from_pretrained(
-        args.model_path,
-        device=args.device,
-        trust_projector_code=args.trust_projector_code,
-        quantization=QuantizationConfig.for_loading(load_4bit=args.load_4bit, load_8bit=args.load_8bit),
-        model_base=args.model_base,
-        template=args.conv_mode,
-        settings=settings,
-    )
-    session = ChatSession(engine, engine.predictor.fit(options), waiting_images=images, shows_prompts=args.debug)
+    engine = _load(args) if args.api is None else _connect(args)
+    options = options.fitting(engine.description.context_length)
+    session = ChatSession(engine, options, waiting_images=images, shows_prompts=args.debug)
     if args.query is not None:
         session.ask(args.query, sys.stdout)
         return 0
     interactive = sys.stdin.isatty()
     if interactive:
         model = engine.description
-        print(f"{args.model_path}: {model.projector} projector, {model.tokens_per_image} tokens per image. Try /help.")
+        print(f"{model.model_id}: {model.projector} projector, {model.tokens_per_image} tokens per image. Try /help.")
         _edit_lines()
     chat_loop(session, sys.stdin, sys.stdout, interactive)
     return 0
+
+
+def _load(args: argparse.Namespace) -> LocalEngine:
+    if args.model_path is None:
+        raise UserError("no model: give --model-path FOLDER, or --api with the address of a server")
+    return LocalEngine.from_pretrained(
+        args.model_path,
+        device=args.device,
+        trust_projector_code=args.trust_projector_code,
+        quantization=QuantizationConfig.for_loading(load_4bit=args.load_4bit, load_8bit=args.load_8bit),
+        model_base=args.model_base,
+        template=args.conv_mode,
+        settings=engine_settings_from(args),
+    )
+
+
+def _connect(args: argparse.Namespace) -> RemoteEngine:
+    """The model of a server that --model-path names; without it, the only one there.
+
+    Raises:
+        UserError: there is no such model, there are several, or the server cannot be reached.
+    """
+    if args.debug:
+        raise UserError("--debug shows prompts as the model sees them, which a server (--api) does not tell")
+    engines = remote_engines(Endpoint(url=args.api, api_key=read_api_key(args.api_key_file)))
+    names = ", ".join(engines)
+    if args.model_path is None and len(engines) > 1:
+        raise UserError(f"the server has several models; say which with --model-path NAME: {names}")
+    name = args.model_path or next(iter(engines))
+    if name not in engines:
+        raise UserError(f"the server has no model {name!r}; there is {names}")
+    return engines[name]

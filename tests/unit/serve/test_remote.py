@@ -14,6 +14,7 @@ from PIL import Image
 
 from llava_saep.errors import UserError
 from llava_saep.generation import GenerationOptions
+from llava_saep.serve import chat
 from llava_saep.serve.remote import API_KEY_VARIABLE, Endpoint, image_data_url, read_api_key, remote_engines
 
 QUESTION = [{"role": "user", "content": "Say hello."}]
@@ -281,3 +282,21 @@ def test_demo_offers_the_models_of_a_server(server):
     catalog.close()
     with pytest.raises(UserError, match="no model: give .* --api"):
         build_catalog(build_parser().parse_args([]))
+
+
+def test_terminal_chat_asks_a_server(server, capsys):
+    assert chat.main(["--api", server.url, "--query", "Say hello.", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out == "hello there\n"
+    assert server.requests[-1]["max_tokens"] == 256, "half of the context is left to the prompt"
+    server.models = [MODEL, {"id": "other"}]
+    assert chat.main(["--api", server.url, "--model-path", "other", "--query", "Say hello."]) == 0
+    assert server.requests[-1]["model"] == "other"
+    for flags, expected in (
+        ([], "several models; say which with --model-path NAME: tiny, other"),
+        (["--model-path", "absent"], "no model 'absent'; there is tiny, other"),
+        (["--debug"], "--debug shows prompts"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            chat.main(["--api", server.url, *flags])
+    with pytest.raises(UserError, match="give --model-path FOLDER, or --api"):
+        chat.main([])
