@@ -35,7 +35,9 @@ class DemoPage:
         self.page.press(f"{field} textarea", "Enter")
 
     def attach(self, *pictures: Path, field: str = "#question") -> None:
-        self.page.set_input_files(f"{field} input[type=file]", [str(path) for path in pictures])
+        with self.page.expect_file_chooser() as chooser:
+            self.page.locator(f"{field} [data-testid=upload-button]").click()
+        chooser.value.set_files([str(path) for path in pictures])
         self.page.locator(f"{field} .thumbnail-item, {field} .thumbnails img").first.wait_for()
 
     @property
