@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from llava_saep.serve.api.errors import ApiError
 from tests.fixtures.engines import wait_until
 from tests.fixtures.requests import ask, question, refused
 
@@ -52,3 +53,7 @@ def test_long_values_are_not_echoed_back(open_client):
     response = ask(open_client(), question() | {"messages": [{"role": "y" * 100_000, "content": ""}]})
     refused(response, 400)
     assert len(response.text) < 1000
+
+
+def test_no_message_is_long():
+    assert len(ApiError(400, "x" * 10_000).body["error"]["message"]) < 1000

@@ -44,3 +44,9 @@ def test_size_is_read_without_decoding():
     assert read_untrusted_size(png_that_claims(300, 200), Limits()) == (200, 300)
     with pytest.raises(UserError, match="damaged or cut off"):  # its pixels are not there
         open_untrusted_image(png_that_claims(300, 200), Limits())
+
+
+def test_size_is_read_of_the_allowed_kinds_alone():
+    """Before anything is decoded, no decoder of another kind is asked what it makes of the head."""
+    with pytest.raises(UserError, match="known kind"):
+        read_untrusted_size(encoded(gradient(), "TIFF"), Limits())
