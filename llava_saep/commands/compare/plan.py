@@ -13,7 +13,7 @@ from llava_saep.commands.compare.flags import DEFAULT_BUDGET, DEFAULT_WORLD
 from llava_saep.errors import UserError
 from llava_saep.evaluation.comparison.choice import Choice, parse_choices, selected
 from llava_saep.evaluation.comparison.recipe import RECIPE_FILE, Recipe, read_recipe
-from llava_saep.evaluation.comparison.runs import Run, benchmark_runs, model_runs, training_runs
+from llava_saep.evaluation.comparison.runs import Run, benchmark_runs, model_runs, refuse_strangers, training_runs
 from llava_saep.evaluation.comparison.steps import Placement
 from llava_saep.evaluation.questions import Question, read_questions
 from llava_saep.evaluation.tasks import TaskQuestion
@@ -51,6 +51,7 @@ def plan_comparison(arguments: argparse.Namespace) -> Comparison:
     Raises:
         UserError, ProjectorError: a flag names something that does not exist, or cannot be used.
     """
+    refuse_strangers(Path(arguments.output_dir))
     if arguments.projectors:
         return _plan_training(arguments)
     return _plan_benchmarks(arguments) if arguments.task else _plan_models(arguments)

@@ -20,12 +20,14 @@ from llava_saep.errors import UserError
 from llava_saep.evaluation.benchmarks import BenchmarkSettings
 from llava_saep.evaluation.comparison import steps
 from llava_saep.evaluation.comparison.choice import Choice, selected
-from llava_saep.evaluation.comparison.recipe import Recipe
+from llava_saep.evaluation.comparison.recipe import RECIPE_FILE, Recipe
 from llava_saep.evaluation.comparison.steps import FAILURE_FILE, Placement, Step, read_json, record_path, write_json
 from llava_saep.evaluation.tasks import TaskQuestion
 
 PLAN_FILE = "comparison.json"
 LOCK_FILE = ".lock"
+_BEFORE_A_PLAN = (RECIPE_FILE, LOCK_FILE, "data", "data.unfinished")
+"""What a comparison that was killed early may have left without a plan."""
 _PRELOADED = ("llava_saep.train.run", "llava_saep.arguments", "llava_saep.generation", "llava_saep.evaluation.evaluate")
 _SPEED_WARMUP, _SPEED_REPEATS = 5, 25
 
@@ -64,6 +66,24 @@ class Run:
         return None if failure is None else f"{failure['step']}: {failure['error']}"
 
 
+def refuse_strangers(folder: Path) -> None:
+    """Leave a folder alone in which somebody keeps other things.
+
+    Raises:
+        UserError: it is a file, or holds files and is no comparison's.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output-dir {folder}: is a file; name a folder")
+    if not folder.is_dir() or (folder / PLAN_FILE).is_file():
+        return
+    others = sorted(path.name for path in folder.iterdir() if path.name not in _BEFORE_A_PLAN)
+    if others:
+        raise UserError(
+            f"--output-dir {folder}: holds {', '.join(others[:3])}{', ...' if len(others) > 3 else ''} and is no "
+            "comparison's; name an empty or new folder"
+        )
+
+
 @contextlib.contextmanager
 def claimed(folder: Path, plan: Mapping[str, Any]) -> Iterator[None]:
     """Hold the output folder of a comparison, which no other one may use meanwhile.
@@ -71,8 +91,7 @@ def claimed(folder: Path, plan: Mapping[str, Any]) -> Iterator[None]:
     Raises:
         UserError: it holds other files, or another comparison, or is in use.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output-dir {folder}: is a file; name a folder")
+    refuse_strangers(folder)
     stored = read_json(folder / PLAN_FILE) if folder.is_dir() else None
     if stored is not None and stored != plan:
         differing = sorted(key for key in {*stored, *plan} if stored.get(key) != plan.get(key))

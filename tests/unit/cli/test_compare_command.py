@@ -42,10 +42,8 @@ from tests.fixtures.tiny import write_bases, write_image
 def test_mistakes_end_in_one_sentence(flags, message, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(comparison, "make_dataset", None)  # nothing is generated before the flags are right
     monkeypatch.chdir(tmp_path)
-    recipe = tmp_path / "out" / "recipe.json"
     if "--device" in flags:
-        shutil.copytree(write_own_recipe(tmp_path), recipe.parent)
-        flags += f" --recipe {recipe}"
+        flags += f" --recipe {write_own_recipe(tmp_path)}/recipe.json"
     assert main(["compare", "--output-dir", str(tmp_path / "out"), *flags.split()]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error

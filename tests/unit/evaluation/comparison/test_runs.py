@@ -124,6 +124,18 @@ def test_folder_of_another_comparison_is_refused(tmp_path):
     assert json.loads((tmp_path / "out" / "comparison.json").read_text())["device"] == "cpu"
 
 
+def test_folder_with_other_things_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with (
+        pytest.raises(UserError, match="holds thesis.txt and is no comparison's"),
+        claimed(tmp_path, {"kind": "models"}),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    with pytest.raises(UserError, match="is a file"), claimed(tmp_path / "thesis.txt", {"kind": "models"}):
+        pass
+
+
 def test_folder_in_use_is_refused(tmp_path):
     plan = {"kind": "training"}
     with (
