@@ -157,8 +157,9 @@ def _find_entries(args: argparse.Namespace) -> list[ModelEntry]:
     names = {entry.model_id for entry in entries}
     for entry in found:
         if entry.folder.resolve() not in given:
-            is_taken = entry.model_id in names
-            entries.append(dataclasses.replace(entry, model_id=str(entry.folder)) if is_taken else entry)
+            if entry.model_id in names:
+                entry = dataclasses.replace(entry, model_id=f"{Path(args.models_dir).name}/{entry.model_id}")
+            entries.append(entry)
     return entries
 
 

@@ -82,7 +82,8 @@ class DemoServices:
         Raises:
             UserError: this client has asked too many within a minute.
         """
-        client = request.client.host if request.client else "unknown"
+        # By name where there are names: behind a proxy all of them have one address.
+        client = request.username or (request.client.host if request.client else "unknown")
         seconds = self._rate.seconds_to_wait(client)
         if seconds > 0:
             allowed = self.settings.limits.max_requests_per_minute
