@@ -14,15 +14,19 @@ from llava_saep.errors import UserError
 from llava_saep.generation import GenerationOptions
 from llava_saep.serve.demo.conversation import Conversation
 from llava_saep.serve.demo.examples import write_examples
-from llava_saep.serve.demo.history import Visitor, new_token
+from llava_saep.serve.demo.history import Visitor, is_token, new_token
 from llava_saep.serve.demo.question_editor import QuestionEditor
 from llava_saep.serve.demo.rows import ChatRows, chat_rows
 from llava_saep.serve.demo.seen_panel import SeenPanel
 from llava_saep.serve.demo.services import ChatParts, DemoServices
 from llava_saep.serve.demo.text import as_html, told
+from llava_saep.serve.demo.turns import Turn, Turns
 
 ACCEPTED_FILES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"]
 _PLACEHOLDER = "Ask about a picture: drop, paste or attach one, or several."
+_NUM_OUTPUTS = 6
+"""Of each event that shows a chat: see `_shown`."""
+
 _QUIET = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
 
 
@@ -67,6 +71,7 @@ class ChatSection:
         self.conversation = gr.State(Conversation(chat_id=""))  # until `restore`; Gradio would call a function late
         self.editor = QuestionEditor(max_characters=services.settings.limits.max_prompt_characters)
         self.seen = SeenPanel(services)
+        self.turns = Turns()
         self._build()
         self._connect()
 
@@ -245,7 +250,7 @@ class ChatSection:
 
     def start_anew(self, conversation: Conversation, browser: Any, request: gr.Request) -> list[Any]:
         """Begin another chat; the old one stays in the list."""
-        self.services.stop(request)
+        self._leave(request)
         browser, visitor = self._visitor(browser, request)
         return self._shown(Conversation.new(), visitor, browser, question={"text": "", "files": []})
 
@@ -253,7 +258,7 @@ class ChatSection:
         self, chat_id: str | None, conversation: Conversation, browser: Any, request: gr.Request
     ) -> list[Any]:
         """Go on with a saved chat."""
-        self.services.stop(request)
+        self._leave(request)
         browser, visitor = self._visitor(browser, request)
         opened = visitor.conversation(chat_id or "")
         if opened is None:
@@ -262,7 +267,7 @@ class ChatSection:
 
     def delete_chat(self, conversation: Conversation, browser: Any, request: gr.Request) -> list[Any]:
         """Forget the chat that is shown, with its pictures."""
-        self.services.stop(request)
+        self._leave(request, is_kept=False)
         browser, visitor = self._visitor(browser, request)
         visitor.delete(conversation.chat_id)
         return self._shown(Conversation.new(), visitor, browser, question={"text": "", "files": []})
@@ -327,6 +332,27 @@ class ChatSection:
         Args:
             before: what is shown again when the question is refused, with `typed` in the field.
         """
+        try:
+            with self.turns.taken(request.session_hash or "") as turn:
+                for outputs in self._turn(turn, asked, before, visitor, browser, model_id, controls, request, typed):
+                    yield [gr.skip()] * len(outputs) if turn.is_left else outputs
+        except UserError as error:  # another answer is being written
+            gr.Warning(as_html(told(error)), title="Not asked")
+            yield [gr.skip()] * _NUM_OUTPUTS
+
+    def _turn(
+        self,
+        turn: Turn,
+        asked: Conversation,
+        before: Conversation,
+        visitor: Visitor,
+        browser: dict[str, Any],
+        model_id: str | None,
+        controls: tuple[str, float, float, float],
+        request: gr.Request,
+        typed: dict[str, Any] | None,
+    ) -> Iterator[list[Any]]:
+        """The steps of `_answered`."""
         system, temperature, top_p, max_new_tokens = controls
         text, statistics = "", None
         try:
@@ -341,25 +367,32 @@ class ChatSection:
                     text, statistics = partial
                     yield self._writing(asked, visitor, text)
         except GeneratorExit:
-            self._keep(asked, visitor, text, model_id, None)
+            self._keep(turn, asked, visitor, text, model_id, None)
             raise
         except Exception as error:  # every kind becomes a message
             gr.Warning(as_html(told(error)), title="Not answered", duration=15)
-            kept = self._keep(asked, visitor, text, model_id, None) if text else before
+            kept = self._keep(turn, asked, visitor, text, model_id, None) if text else before
             yield self._shown(kept, visitor, browser, question=typed if typed and not text else gr.skip())
             return
-        yield self._shown(self._keep(asked, visitor, text, model_id, statistics), visitor, browser)
+        yield self._shown(self._keep(turn, asked, visitor, text, model_id, statistics), visitor, browser)
 
     def _keep(
-        self, asked: Conversation, visitor: Visitor, text: str, model_id: str | None, statistics: Any
+        self, turn: Turn, asked: Conversation, visitor: Visitor, text: str, model_id: str | None, statistics: Any
     ) -> Conversation:
         fields = None
         if statistics is not None:
             fields = {**dataclasses.asdict(statistics), "tokens_per_second": statistics.tokens_per_second}
         answered = asked.with_answer(text, model_id or "", fields)
-        visitor.save(answered)
-        self.services.history.make_room(visitor)
+        if turn.is_kept:
+            visitor.save(answered)
+            self.services.history.make_room(visitor)
         return answered
+
+    def _leave(self, request: gr.Request, *, is_kept: bool = True) -> None:
+        """Stop what is being written, since another chat will be shown; it is saved first, unless its chat goes."""
+        turn = self.turns.leave(request.session_hash or "", is_kept=is_kept)
+        self.services.stop(request)
+        self.turns.wait_for(turn)
 
     def _with_question(self, question: dict[str, Any], conversation: Conversation, visitor: Visitor) -> Conversation:
         files = question.get("files") or []
@@ -385,7 +418,8 @@ class ChatSection:
 
     def _visitor(self, browser: Any, request: gr.Request) -> tuple[dict[str, Any], Visitor]:
         """What the browser keeps, with a token, and whose chats that are."""
-        kept = browser if isinstance(browser, dict) and "token" in browser else {"token": new_token(), "chat": None}
+        has_token = isinstance(browser, dict) and is_token(browser.get("token"))
+        kept = browser if has_token else {"token": new_token(), "chat": None}
         return kept, self.services.visitor(kept, request)
 
     def _writing(self, asked: Conversation, visitor: Visitor, text: str, clears_field: bool = False) -> list[Any]:

@@ -149,3 +149,38 @@ def test_likes_are_appended_with_model_and_pictures_by_hash(page, picture, brows
     assert lines[0]["model"] == "scripted" and lines[0]["messages"][1]["content"] == ANSWER
     assert lines[0]["messages"][0]["images"] == [hashlib.sha256(picture.read_bytes()).hexdigest()]
     assert time.strptime(lines[0]["time"], "%Y-%m-%dT%H:%M:%SZ")
+
+
+def begin(page, visitor, browser):
+    """Ask something, and wait until the model has it; it does not answer yet."""
+    page.engine.may_go_on.clear()
+    joined = visitor.join(visitor.find("question", "submit"), question("One", browser=browser))
+    wait_until(lambda: page.engine.streams)
+    return joined.json()["event_id"]
+
+
+def test_a_new_chat_is_not_overwritten_by_the_answer_that_was_being_written(page, browser):
+    visitor = page.open()
+    begun = begin(page, visitor, browser)
+    shown = visitor.call(visitor.find("new-chat", "click"), [None, browser]).last
+    assert page.engine.streams[0].closed.is_set()
+    assert shown[1]["value"] == [] and [title for title, _ in shown[4]["choices"]] == ["One"]
+    page.engine.may_go_on.set()
+    visitor.ask("Two", browser=browser)
+    assert [len(messages) for messages, _, _ in page.engine.asked] == [1, 1]
+    assert begun
+
+
+def test_a_chat_that_is_deleted_while_it_is_answered_does_not_come_back(page, picture, browser):
+    visitor = page.open()
+    begin(page, visitor, browser)
+    visitor.call(visitor.find("delete-chat", "click"), [None, browser])
+    assert page.services.history.visitor(browser["token"]).conversations() == []
+
+
+def test_a_second_question_waits_for_the_answer_to_the_first(page, browser):
+    visitor = page.open()
+    begun = begin(page, visitor, browser)
+    refused = visitor.join(visitor.find("question", "submit"), question("Two", browser=browser)).json()["event_id"]
+    assert visitor.wait(refused).warnings == ["An answer is being written; stop it, or wait for its end."]
+    assert begun and len(page.engine.asked) == 1
