@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from llava_saep.data.templates import TEMPLATE_NAMES
 from llava_saep.errors import UserError
 from llava_saep.generation import GenerationOptions, LocalEngine, Predictor
 from llava_saep.generation.attention_maps import (
@@ -193,10 +194,14 @@ def test_conversation_that_does_not_wait_for_an_answer_is_refused(bases):
         attention_maps(predictor, conversation, ANSWER)
 
 
-def test_prompt_is_the_one_that_is_answered(bases):
+@pytest.mark.parametrize("template", TEMPLATE_NAMES)
+def test_prompt_is_the_one_that_is_answered_and_the_rest_is_the_answer(bases, template):
     """Teacher forcing on other tokens than those of the chat would show another model's attention."""
-    predictor = build(bases, "saep")
+    built = build(bases, "saep")
+    predictor = Predictor(built.model, built.processor, template=template)
     conversation = ask([picture(0)], "Which colour is the triangle?")
-    prompt, _ = predictor.encode_answered(conversation, ANSWER)
+    prompt, answer_ids = predictor.encode_answered(conversation, ANSWER)
     asked = predictor.encode(conversation)
     assert dataclasses.replace(prompt, images=[]) == dataclasses.replace(asked, images=[])
+    pieces = answer_pieces(predictor.processor.tokenizer, answer_ids, ANSWER)
+    assert "".join(piece.text for piece in pieces) == ANSWER
