@@ -88,7 +88,6 @@ def median_first_token(answers: Sequence[AnswerStatistics]) -> float:
 def measure_turns(predictor: Predictor, workload: ChatWorkload) -> list[TurnMeasurement]:
     """Hold the conversation, each turn with and without reuse, one after the other."""
     turns = [TurnMeasurement() for _ in workload.questions]
-    _warm_up(predictor, workload)
     with count_runs(predictor) as runs:
         for _ in range(workload.num_repeats):
             _hold_conversation(predictor, workload, turns, runs)
@@ -129,6 +128,8 @@ def _hold_conversation(
     predictor: Predictor, workload: ChatWorkload, turns: Sequence[TurnMeasurement], runs: list[int]
 ) -> None:
     engine, forgetful = _engine(predictor, EngineSettings()), _engine(predictor, _KEEPING_NOTHING)
+    for each in (engine, forgetful):  # each has a thread of its own, whose first work pays for PyTorch's
+        each.use_model(lambda predictor: _read(predictor, workload))
     messages: list[Message] = []
     for index, (question, turn) in enumerate(zip(workload.questions, turns, strict=True)):
         messages = [*messages, _question(question, workload.images if index == 0 else [])]
@@ -173,11 +174,9 @@ def _ask(engine: Engine, messages: Sequence[Message], options: GenerationOptions
     return "".join(answer), answer.statistics
 
 
-def _warm_up(predictor: Predictor, workload: ChatWorkload) -> None:
-    """The first run of a model pays for what later ones find done."""
-    engine = _engine(predictor, _KEEPING_NOTHING)
-    _ask(engine, [_question(workload.questions[0], workload.images)], GenerationOptions(max_new_tokens=2))
-    engine.close()
+def _read(predictor: Predictor, workload: ChatWorkload) -> None:
+    """Answer the first question past all caches."""
+    predictor.generate([[_question(workload.questions[0], workload.images)]], GenerationOptions(max_new_tokens=2))
 
 
 def _whole_conversation(predictor: Predictor, workload: ChatWorkload) -> list[Message]:
