@@ -12,6 +12,7 @@ import pytest
 
 from llava_saep.generation import GenerationOptions
 from llava_saep.serve.remote import Endpoint, remote_engines
+from tests.browser.demo_page import DemoPage
 from tests.fixtures.programs import ROOT, free_port, running, wait_for_port
 
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
@@ -173,10 +174,11 @@ def test_browser_shows_the_page_under_its_path(demo):
         page.locator("input[type=password]").fill(PASSWORD)
         failed.clear()
         page.get_by_role("button", name="Login").click()
-        page.wait_for_function("localStorage.getItem('llava-saep-demo')")  # the visitor's chats have come
-        page.wait_for_timeout(300)
-        page.fill("#question textarea", "Say hello.")
-        page.press("#question textarea", "Enter")
-        page.locator("#chat [data-testid=bot]").first.wait_for()
-        browser.close()
-    assert not failed
+        demo_page = DemoPage(page)
+        try:
+            demo_page.wait_until_ready()
+            demo_page.ask("Say hello.")
+            demo_page.wait_for_answers(1)
+        finally:
+            assert not failed
+            browser.close()
