@@ -131,12 +131,14 @@ def answer_pieces(tokenizer: Any, token_ids: Sequence[int], answer: str) -> tupl
     """Split an answer at its tokens, keeping those together that only together are text.
 
     Args:
-        token_ids: the answer's tokens; those behind its text, such as the one that ends it, are left out.
+        token_ids: the answer's tokens; those before and behind its text, such as an empty thinking block and the token
+            that ends it, are left out.
     """
     pieces: list[AnswerPiece] = []
-    text, start = "", 0
-    for end in range(1, len(token_ids) + 1):
-        decoded = tokenizer.decode(token_ids[:end], skip_special_tokens=True).lstrip()
+    first = start = _first_token_of(answer, tokenizer, token_ids)
+    text = ""
+    for end in range(first + 1, len(token_ids) + 1):
+        decoded = tokenizer.decode(token_ids[first:end], skip_special_tokens=True).lstrip()
         if not answer.startswith(decoded[: len(answer)]) or len(decoded) == len(text):
             continue  # bytes of a character that is not complete, or a token without text
         pieces.append(AnswerPiece(decoded[len(text) : len(answer)], start, end))
@@ -144,6 +146,18 @@ def answer_pieces(tokenizer: Any, token_ids: Sequence[int], answer: str) -> tupl
         if len(text) >= len(answer):
             break
     return tuple(pieces)
+
+
+def _first_token_of(answer: str, tokenizer: Any, token_ids: Sequence[int]) -> int:
+    """Find where an answer's text begins among its tokens, which may end before it does."""
+    for first in range(len(token_ids)):
+        decoded = (
+            tokenizer.decode(token_ids[first:], skip_special_tokens=True).lstrip().rstrip("\N{REPLACEMENT CHARACTER}")
+        )
+        length = min(len(decoded), len(answer))
+        if length and decoded[:length] == answer[:length]:
+            return first
+    return 0
 
 
 class AttentionRecorder:

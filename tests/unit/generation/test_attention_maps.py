@@ -172,6 +172,14 @@ def test_pieces_are_the_answer_and_bytes_of_a_character_stay_together(bases):
     assert pieces[-1].end == len(ids) - 1  # the token that ends an answer has no text
 
 
+def test_an_empty_thinking_block_before_the_answer_is_left_out(bases):
+    tokenizer = build(bases, "saep").processor.tokenizer
+    lead, answer = (tokenizer(text, add_special_tokens=False).input_ids for text in ("<think> </think>", ANSWER))
+    pieces = answer_pieces(tokenizer, [*lead, *answer], ANSWER)
+    assert "".join(piece.text for piece in pieces) == ANSWER
+    assert (pieces[0].start, pieces[-1].end) == (len(lead), len(lead) + len(answer))
+
+
 @pytest.mark.parametrize(
     ("images", "answer", "message"), [([], ANSWER, "no image"), ([picture(0)], "", "the answer is empty")]
 )
