@@ -277,12 +277,12 @@ def _judge(
     try:
         requests = answered.judge_requests(folder, selected.split, answers)
         lines = review_answers(requests, settings.judge, path, task.review_line, description=f"{selected.label}, judge")
+        outcome.result = task.score_reviews(folder, selected.split, lines)
     except UserError as error:
         if scores_are_due:
             raise
         outcome.notes.append(f"not rated: {error}")
         return
-    outcome.result = task.score_reviews(folder, selected.split, lines)
     outcome.notes.append(f"judge: {settings.judge.description}; reviews in {path}")
 
 

@@ -31,15 +31,17 @@ KEY_VARIABLES = ("LLAVA_SAEP_JUDGE_KEY", "OPENAI_API_KEY")
 REQUEST_FIELD = "request"
 """Field of a review line: fingerprint of what was asked, and of whom. A changed answer is reviewed anew."""
 
-_MISTAKES = (400, 401, 403, 404, 405, 422)
-"""Answers of a server to a request that will never work: to ask again would be no use."""
+_REFUSALS = (401, 403, 404, 405)
+"""Answers of a server that will take no request of this kind: wrong key, model or address."""
+_FAULTY_REQUESTS = (400, 413, 422)
+"""Answers to one request that will never work: too long for the judge, or held back by a filter of contents."""
 _MAX_WAIT_SECONDS = 60.0
 
 ReviewLine = Callable[[Review], dict[str, Any]]
 
 
 class JudgeFailed(Exception):
-    """One request got no reply, for a reason that may pass."""
+    """One request got no reply; others may."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,7 @@ class Judge:
         """Send one request, again after failures that may pass, and return the reply's text.
 
         Raises:
-            JudgeFailed: no usable reply after all attempts.
+            JudgeFailed: no usable reply after all attempts, or the endpoint will not take this very request.
             UserError: the endpoint refuses requests of this kind: wrong address, key or model.
         """
         for attempt in range(1, self.max_attempts + 1):
@@ -112,7 +114,9 @@ class Judge:
             raise _Retry(f"{type(error).__name__}: {error}") from error
         except httpx.InvalidURL as error:
             raise UserError(f"--judge-url {self.url!r}: {error}") from error
-        if response.status_code in _MISTAKES:
+        if response.status_code in _FAULTY_REQUESTS:
+            raise JudgeFailed(f"status {response.status_code}: {response.text[:300].strip()}")
+        if response.status_code in _REFUSALS:
             raise UserError(
                 f"the judge at {self.endpoint} refuses (status {response.status_code}): {response.text[:300].strip()}. "
                 f"Check --judge-url, --judge-model and the key (--judge-key-file, or {' or '.join(KEY_VARIABLES)})"
@@ -178,12 +182,14 @@ def review_answers(
 ) -> list[dict[str, Any]]:
     """Have answers reviewed; reviews that the file already holds of the same request and judge are kept.
 
+    Reviews of other answers or by another judge are moved to a file beside it, where a later run finds them again.
+
     Args:
         review_line: makes the line of a reply in the benchmark's published format; `reply` None is a failed request.
     Returns:
         a line per request, in their order; of failed ones too, which are not written, so that they are asked again.
     Raises:
-        UserError: the endpoint refuses requests of this kind, or not one request of this run got a reply.
+        UserError: the endpoint refuses requests of this kind, or there is not one review.
     """
     keys = [_request_key(request, judge) for request in requests]
     done = _kept_reviews(path, set(keys))
@@ -202,7 +208,7 @@ def review_answers(
                 file.write(json_line(done[keys[position]]))
                 file.flush()
             progress.update()
-    _report_failures(failures, requests, waiting, judge)
+    _report_failures(failures, requests, judge)
     lines = [done.get(key) or _line(each, None, review_line, key) for each, key in zip(requests, keys, strict=True)]
     rewrite(path, [line for key, line in zip(keys, lines, strict=True) if key in done])
     return lines
@@ -241,23 +247,32 @@ def _request_key(request: JudgeRequest, judge: Judge) -> str:
 
 
 def _kept_reviews(path: Path, wanted: set[str]) -> dict[str, dict[str, Any]]:
-    """Reviews that the file holds of these requests; a line that was cut short is asked for again."""
+    """Reviews of these requests, here or set aside earlier; others are set aside, for somebody has paid for them."""
+    aside = path.with_name(f"{path.stem}.others{path.suffix}")
+    stored, earlier = _read_reviews(path), _read_reviews(aside)
+    others = [record for record in stored if record.get(REQUEST_FIELD) not in wanted and record not in earlier]
+    if others:
+        rewrite(aside, [*earlier, *others])
+        logger.warning("%d reviews of other answers, or by another judge, are kept in %s", len(others), aside)
+    return {each[REQUEST_FIELD]: each for each in [*earlier, *stored] if each.get(REQUEST_FIELD) in wanted}
+
+
+def _read_reviews(path: Path) -> list[dict[str, Any]]:
+    """Lines of a review file, without one that was cut short."""
     if not path.is_file():
-        return {}
-    kept = {}
+        return []
+    records = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(record, dict) and record.get(REQUEST_FIELD) in wanted:
-            kept[record[REQUEST_FIELD]] = record
-    return kept
+        if isinstance(record, dict):
+            records.append(record)
+    return records
 
 
-def _report_failures(
-    failures: Mapping[int, str], requests: Sequence[JudgeRequest], waiting: Sequence[int], judge: Judge
-) -> None:
+def _report_failures(failures: Mapping[int, str], requests: Sequence[JudgeRequest], judge: Judge) -> None:
     if not failures:
         return
     first = min(failures)
@@ -265,6 +280,6 @@ def _report_failures(
         f"{len(failures)} of {len(requests)} reviews failed, the first one of question "
         f"{requests[first].question_id!r}: {failures[first]}"
     )
-    if len(failures) == len(waiting):
-        raise UserError(f"the judge at {judge.endpoint} answers nothing: {words}. Reviews so far are kept")
+    if len(failures) == len(requests):
+        raise UserError(f"the judge at {judge.endpoint} answers nothing: {words}")
     logger.warning("%s. The same command asks for them again", words)

@@ -39,7 +39,8 @@ def read_questions(path: Path, *, ids_are_unique: bool = True) -> list[Question]
         UserError: the file is absent or empty; a line is not a JSON object, lacks a field, or repeats a question_id.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: it also cuts at characters such as U+2028, which JSON leaves inside of texts.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file. --question_file names a file with one JSON object per line.") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -54,11 +55,11 @@ def read_questions(path: Path, *, ids_are_unique: bool = True) -> list[Question]
 
 
 def _refuse_repeated_ids(questions: Iterable[Question], path: Path) -> None:
-    seen: set[str | int] = set()
+    seen: set[str] = set()
     for question in questions:
-        if question.question_id in seen:
+        if str(question.question_id) in seen:
             raise UserError(f"{path}: question_id {question.question_id!r} occurs twice; answers are matched by it.")
-        seen.add(question.question_id)
+        seen.add(str(question.question_id))
 
 
 def _parse_question(line: str, place: str) -> Question:
@@ -78,10 +79,18 @@ def _parse_question(line: str, place: str) -> Question:
         question_id=question_id,
         text=_text_field(record, "text", place, required=True),
         image=_text_field(record, "image", place),
-        category=_text_field(record, "category", place) or DEFAULT_CATEGORY,
+        category=_category(record, place),
         answer=answer,
         reference=_text_field(record, "reference", place),
     )
+
+
+def _category(record: Mapping[str, Any], place: str) -> str:
+    value = record.get("category")
+    # LLaVA reads no category, so that files made for it may number theirs.
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return _text_field(record, "category", place) or DEFAULT_CATEGORY
 
 
 def _text_field(record: Mapping[str, Any], name: str, place: str, required: bool = False) -> Any:

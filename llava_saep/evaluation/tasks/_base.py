@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from llava_saep.errors import UserError
 
@@ -40,12 +40,15 @@ class EmbeddedImage:
         LLaVA leaves the mode as it is, which makes palette images lose their colours when they are padded.
 
         Raises:
-            UserError: the text is not base64, or holds no image; says in which line.
+            UserError: the text is not base64, or as `load_image`; says in which line.
         """
+        from llava_saep.data.images import load_image  # brings transformers' PIL code, which --help shall not wait for
+
         try:
-            return Image.open(io.BytesIO(base64.b64decode(self.base64_text))).convert("RGB")
-        except (binascii.Error, UnidentifiedImageError, OSError, ValueError) as error:
-            raise UserError(f"{self.place}: the embedded image cannot be read ({error})") from error
+            content = base64.b64decode(self.base64_text)
+        except (binascii.Error, ValueError) as error:
+            raise UserError(f"{self.place}: the embedded image is not base64 ({error})") from error
+        return load_image(io.BytesIO(content), name=f"{self.place}, the embedded image")
 
 
 ImageSource = Path | EmbeddedImage

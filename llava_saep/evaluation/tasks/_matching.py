@@ -110,6 +110,13 @@ def match_labels(
     )
 
 
+def unasked(annotated: Iterable[Hashable], asked: Iterable[Hashable], place: str | Path) -> tuple[Exclusion, ...]:
+    """The annotations that belong to no question, which a published score may count; nothing where there are none."""
+    keys = set(asked)
+    left = (key for key in annotated if key not in keys)
+    return collect_exclusions(exclusion(f"annotations in {Path(place).name} of no question", "left out", left))
+
+
 def exclusion(
     reason: str, effect: Literal["counted as wrong", "left out", "ignored"], ids: Iterable[Any]
 ) -> Exclusion | None:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 LETTERS = "ABCDEFGH"
 
 # Not a letter and a space: "A dog" is no A.
-_LEADING_LETTER = re.compile(r"\(?([A-H])(?:[).:,]|$)")
-_STATED_LETTER = re.compile(r"(?i:answer is):?\s*\(?([A-H])(?:[).:,]|$)")
+_LEADING_LETTER = re.compile(r"\(?([A-H])(?:[).:,\n]|$)")
+_STATED_LETTER = re.compile(r"(?i:answer is):?\s*\(?([A-H])(?:[).:,\n]|$)")
 
 
 def list_options(question: str, options: Sequence[str]) -> str:

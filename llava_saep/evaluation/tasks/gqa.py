@@ -8,7 +8,7 @@ from typing import Any
 
 from ._base import Answer, CategoryRow, Requirement, Task, TaskQuestion, TaskResult
 from ._files import read_json, read_task_questions, required, write_json
-from ._matching import match_labels
+from ._matching import match_labels, unasked
 from ._scoring import grouped, mean_metric, mean_rows
 from ._sources import EVAL_ZIP
 
@@ -56,9 +56,8 @@ class GQA(Task):
         """Accuracy as GQA's eval.py counts it: overall, open and binary questions, and by structure."""
         path = folder / "data" / ANNOTATION_FILE
         annotations = read_json(path, dict)
-        matched = match_labels(
-            self.questions(folder, split), answers, lambda each: annotations.get(str(each.question_id)), str(path)
-        )
+        questions = self.questions(folder, split)
+        matched = match_labels(questions, answers, lambda each: annotations.get(str(each.question_id)), str(path))
         is_right = [
             float(text is not None and normalize_gqa_answer(text) == required(annotation, "answer", str(path), str))
             for annotation, text in zip(matched.labels, matched.texts, strict=True)
@@ -68,7 +67,7 @@ class GQA(Task):
             split=split,
             metrics=(mean_metric("accuracy", is_right),),
             rows=_rows(matched.labels, is_right),
-            exclusions=matched.exclusions,
+            exclusions=matched.exclusions + unasked(annotations, (str(q.question_id) for q in questions), path),
         )
 
     def export(self, folder: Path, split: str, answers: Sequence[Answer], output: Path) -> list[Path]:

@@ -7,6 +7,7 @@ cannot be compared. Published scores are of gpt-4-0314.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ def parse_points(reply: str) -> tuple[float, float]:
         first, second = map(float, words)
     except ValueError:
         return UNREADABLE
-    return first, second
+    return (first, second) if math.isfinite(first) and math.isfinite(second) else UNREADABLE
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ class PointsSummary:
 
     @property
     def relative(self) -> float:
-        """The model's points in percent of the reference's: the published score."""
-        return self.model / self.reference * 100
+        """The model's points in percent of the reference's, the published score; nan where the reference has none."""
+        return self.model / self.reference * 100 if self.reference else math.nan
 
     @property
     def line_numbers(self) -> tuple[float, float, float]:
@@ -136,7 +137,8 @@ def has_points(line: Mapping[str, Any]) -> bool:
 
 def _points(line: Mapping[str, Any]) -> tuple[float, float] | None:
     pair = line.get("tuple", line.get("score"))
-    return None if pair is None or tuple(pair) == UNREADABLE else (pair[0], pair[1])
+    is_pair = isinstance(pair, list) and len(pair) == 2 and all(isinstance(each, int | float) for each in pair)
+    return None if not is_pair or tuple(pair) == UNREADABLE else (pair[0], pair[1])
 
 
 class LlavaBench(JudgedTask):
@@ -254,7 +256,7 @@ def review_record(number: int, question_id: Any, reference: Answer, answer: Answ
 def _metrics(summary: PointsSummary) -> tuple[Metric, ...]:
     relative, reference, model = summary.line_numbers
     return tuple(
-        Metric(name=name, value=value, n=summary.n, unit="points")
+        Metric(name=name, value=None if math.isnan(value) else value, n=summary.n, unit="points")
         for name, value in (("relative score", relative), ("reference x 10", reference), ("model x 10", model))
     )
 

@@ -15,7 +15,7 @@ from llava_saep.errors import UserError
 
 from ._base import Answer, CategoryRow, Metric, Requirement, Task, TaskQuestion, TaskResult
 from ._files import read_task_questions, read_text
-from ._matching import match_answers, match_labels
+from ._matching import match_answers, match_labels, unasked
 from ._scoring import share_metric
 from ._sources import EVAL_ZIP
 
@@ -59,7 +59,7 @@ def read_labels(folder: Path) -> dict[tuple[str, str, str], str]:
     for kind in (*PERCEPTION, *COGNITION):
         own_folder = folder / kind / "questions_answers_YN"
         for path in sorted((own_folder if own_folder.is_dir() else folder / kind).glob("*.txt")):
-            for number, line in enumerate(read_text(path).splitlines(), 1):
+            for number, line in enumerate(read_text(path).split("\n"), 1):
                 if line.strip():
                     question, label = _parse_label(line, f"{path}, line {number}")
                     labels[kind, path.stem, question] = label
@@ -99,13 +99,9 @@ class MME(Task):
 
     def score(self, folder: Path, split: str, answers: Sequence[Answer]) -> TaskResult:
         """Perception and cognition points, and accuracy and accuracy+ per kind."""
-        labels = read_labels(folder / IMAGE_FOLDER)
-        matched = match_labels(
-            self.questions(folder, split),
-            answers,
-            lambda question: labels.get(_label_key(question)),
-            str(folder / IMAGE_FOLDER),
-        )
+        labels, place = read_labels(folder / IMAGE_FOLDER), str(folder / IMAGE_FOLDER)
+        questions = self.questions(folder, split)
+        matched = match_labels(questions, answers, lambda question: labels.get(_label_key(question)), place)
         readings = [None if text is None else parse_mme_answer(text) for text in matched.texts]
         is_right = [reading == label for reading, label in zip(readings, matched.labels, strict=True)]
         images = _by_image(matched.questions, is_right)
@@ -114,7 +110,7 @@ class MME(Task):
             split=split,
             metrics=_totals(images),
             rows=tuple(_kind_row(kind, images[kind]) for kind in (*PERCEPTION, *COGNITION) if kind in images),
-            exclusions=matched.exclusions,
+            exclusions=matched.exclusions + unasked(labels, map(_label_key, questions), place),
             notes=_notes(images, readings.count("other")),
         )
 

@@ -23,14 +23,14 @@ FAILED = "FAILED"
 UNANSWERED_PROMPT = "Unknown"
 """What LLaVA's scorer puts for the prompt of a question without an answer; it then counts as one without an image."""
 
-_STATED_ANSWER = re.compile(r"The answer is ([A-Z]).", re.DOTALL)
+_STATED_ANSWER = re.compile(r"The answer is ([A-Z]).")
 
 
 def parse_option(text: str, letters: Sequence[str] = LETTERS) -> str:
     """LLaVA's reading of an answer: a letter alone, `X. ...`, or `The answer is X` with one more character behind it.
 
-    That character may be any, so `The answer is AB.` is read as A while `The answer is B` at the end of the text, or
-    said twice, is `FAILED`.
+    That character may be any but a line break, so `The answer is AB.` is read as A while `The answer is B` at the end
+    of a line, or said twice, is `FAILED`.
     """
     if text in letters:
         return text

@@ -13,7 +13,7 @@ from llava_saep.errors import UserError
 
 from ._base import Answer, Requirement, Task, TaskQuestion, TaskResult
 from ._files import ID, read_json, read_task_questions, required, write_json_lines
-from ._matching import match_labels
+from ._matching import match_labels, unasked
 from ._scoring import grouped, mean_metric, mean_rows
 from ._sources import EVAL_ZIP
 
@@ -87,9 +87,8 @@ class SeedBench(Task):
         path = folder / ANNOTATION_FILE
         annotations, names = read_seed_annotations(path)
         by_id = {str(annotation["question_id"]): annotation for annotation in annotations}
-        matched = match_labels(
-            self.questions(folder, split), answers, lambda question: by_id.get(str(question.question_id)), str(path)
-        )
+        asked = self.questions(folder, split)
+        matched = match_labels(asked, answers, lambda question: by_id.get(str(question.question_id)), str(path))
         is_right = [
             float(text == annotation["answer"]) for annotation, text in zip(matched.labels, matched.texts, strict=True)
         ]
@@ -103,7 +102,7 @@ class SeedBench(Task):
                 *(mean_metric(f"{medium} accuracy", media[medium]) for medium in ("image", "video") if medium in media),
             ),
             rows=mean_rows(types),
-            exclusions=matched.exclusions,
+            exclusions=matched.exclusions + unasked(by_id, (str(q.question_id) for q in asked), path),
         )
 
     def export(self, folder: Path, split: str, answers: Sequence[Answer], output: Path) -> list[Path]:

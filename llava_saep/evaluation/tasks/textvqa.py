@@ -16,7 +16,7 @@ from llava_saep.errors import UserError
 
 from ._base import Answer, Requirement, Task, TaskQuestion, TaskResult
 from ._files import read_json, read_task_questions, required
-from ._matching import match_labels
+from ._matching import match_labels, unasked
 from ._scoring import mean_metric
 from ._sources import EVAL_ZIP
 from ._vqa_answers import human_answers, vqa_score
@@ -122,13 +122,12 @@ class TextVQA(Task):
         """Soft accuracy over all questions that are annotated."""
         path = folder / ANNOTATION_FILE
         annotations = read_annotations(path)
-        place = str(folder / QUESTION_FILE)
-        matched = match_labels(
-            self.questions(folder, split),
-            answers,
-            lambda each: annotations.get((str(each.question_id), question_of_prompt(each.prompt, place))),
-            str(path),
-        )
+        questions = self.questions(folder, split)
+
+        def key_of(question: TaskQuestion) -> tuple[str, str]:
+            return str(question.question_id), question_of_prompt(question.prompt, str(folder / QUESTION_FILE))
+
+        matched = match_labels(questions, answers, lambda each: annotations.get(key_of(each)), str(path))
         scores = [
             0.0 if text is None else _annotation_score(text, annotation, str(path))
             for annotation, text in zip(matched.labels, matched.texts, strict=True)
@@ -137,7 +136,7 @@ class TextVQA(Task):
             task=self.name,
             split=split,
             metrics=(mean_metric("accuracy", scores),),
-            exclusions=matched.exclusions,
+            exclusions=matched.exclusions + unasked(annotations, map(key_of, questions), path),
         )
 
 

@@ -15,7 +15,7 @@ from llava_saep.errors import UserError
 
 from ._base import Answer, Requirement, Task, TaskQuestion, TaskResult
 from ._files import ID, read_json, read_json_lines, read_task_questions, required, write_json
-from ._matching import match_labels
+from ._matching import match_labels, unasked
 from ._scoring import grouped, mean_metric, mean_rows
 from ._sources import COCO_IMAGES, EVAL_ZIP, SHORT_ANSWER
 from ._vqa_answers import human_answers, normalize_vqa_answer, vqa_score
@@ -74,9 +74,8 @@ class VQAv2(Task):
         path = folder / VAL_ANNOTATIONS
         records = required(read_json(path, dict), "annotations", str(path), list)
         annotations = {required(record, "question_id", str(path), ID): record for record in records}
-        matched = match_labels(
-            self.questions(folder, split), answers, lambda question: annotations.get(question.question_id), str(path)
-        )
+        asked = self.questions(folder, split)
+        matched = match_labels(asked, answers, lambda question: annotations.get(question.question_id), str(path))
         scores = [
             _annotation_score(annotation, text, str(path))
             for annotation, text in zip(matched.labels, matched.texts, strict=True)
@@ -87,7 +86,7 @@ class VQAv2(Task):
             split=split,
             metrics=(mean_metric("accuracy", scores),),
             rows=mean_rows(grouped(types, scores)),
-            exclusions=matched.exclusions,
+            exclusions=matched.exclusions + unasked(annotations, (q.question_id for q in asked), path),
         )
 
     def export(self, folder: Path, split: str, answers: Sequence[Answer], output: Path) -> list[Path]:

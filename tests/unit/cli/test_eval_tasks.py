@@ -176,6 +176,16 @@ def test_judge_that_refuses_costs_no_answers(data_dir, capsys):
     assert len(answer_lines(data_dir, "mmvet")) == 3
 
 
+def test_judge_whose_replies_hold_no_score_costs_no_answers_and_no_other_benchmark(data_dir):
+    with running_endpoint() as endpoint:
+        endpoint.respond = lambda text, times: chat_reply("a fine answer")
+        flags = ["--judge-url", endpoint.url, "--judge-model", "rater"]
+        entries = run(data_dir, *flags, task="mmvet,spatial_scenes", code=1)
+    assert entries["mmvet"]["result"] is None
+    assert "not rated: mmvet: none of the 3 reviews holds a score" in entries["mmvet"]["notes"]
+    assert entries["spatial_scenes"]["result"] is not None
+
+
 def test_question_without_an_answer_is_not_rated_and_counted(data_dir):
     (data_dir / "mm-vet" / "images" / "v1_1.png").write_bytes(b"no image")
     with running_endpoint() as endpoint:

@@ -147,12 +147,37 @@ def test_reviews_are_on_the_disk_before_all_are_there(endpoint, tmp_path):
     assert seen[0] >= 1
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404])
+@pytest.mark.parametrize("status", [401, 403, 404])
 def test_refusal_that_no_patience_changes_ends_at_once(endpoint, tmp_path, status):
     endpoint.respond = lambda text, times: (status, "no such model", {})
     with pytest.raises(UserError, match=rf"refuses \(status {status}\): no such model. Check --judge-url"):
         review_answers(requests("a"), judge(endpoint), tmp_path / "r.jsonl", line)
     assert endpoint.times["a"] == 1
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_request_that_the_endpoint_will_not_take_costs_the_others_nothing(endpoint, tmp_path, caplog, status):
+    """A filter of contents that holds one answer back, or an answer that is too long for the judge."""
+    path = tmp_path / "r.jsonl"
+    endpoint.respond = lambda text, times: (status, "filtered", {}) if text == "b" else chat_reply(f"rated {text}")
+    for _ in range(2):  # also where nothing but this one is left to ask
+        assert contents(review_answers(requests("a", "b"), judge(endpoint), path, line)) == ["rated a", None]
+    assert f"1 of 2 reviews failed, the first one of question 1: status {status}: filtered" in caplog.text
+    assert endpoint.times == {"a": 1, "b": 2}  # sent once by each run
+    with pytest.raises(UserError, match=f"answers nothing: 1 of 1 .* status {status}: filtered"):
+        review_answers(requests("b"), judge(endpoint), tmp_path / "other.jsonl", line)
+
+
+def test_reviews_of_other_answers_and_judges_are_set_aside_and_found_again(endpoint, tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"question_id": 0, "content": "by another program"}\n')
+    review_answers(requests("a", "b"), judge(endpoint), path, line)
+    review_answers(requests("a", "b"), judge(endpoint, model="another"), path, line)
+    assert endpoint.times == {"a": 2, "b": 2}
+    first = review_answers(requests("a", "b"), judge(endpoint), path, line)
+    assert contents(first) == ["rated a", "rated b"] and endpoint.times == {"a": 2, "b": 2}
+    assert [json.loads(text) for text in path.read_text().splitlines()] == first
+    assert len((tmp_path / "r.others.jsonl").read_text().splitlines()) == 5  # of the other program, and of both judges
 
 
 def test_refusal_in_the_middle_keeps_the_reviews_so_far(endpoint, tmp_path):

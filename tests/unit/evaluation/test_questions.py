@@ -38,12 +38,27 @@ def test_llava_question_file_is_read_in_order(tmp_path):
         ([{"question_id": 1, "text": "x", "answer": " "}], "answer must be a text that is not empty"),
         ([{"question_id": 1, "text": "x", "answer": "?"}], "line 1: answer '\\?' holds no word to compare with"),
         ([{"question_id": 1, "text": "x"}, {"question_id": 1, "text": "y"}], "question_id 1 occurs twice"),
+        ([{"question_id": 7, "text": "x"}, {"question_id": "7", "text": "y"}], "question_id '7' occurs twice"),
         ([""], "holds no questions"),
     ],
 )
 def test_each_mistake_names_its_place(tmp_path, lines, message):
     with pytest.raises(UserError, match=message):
         read_questions(write(tmp_path / "q.jsonl", *lines))
+
+
+def test_line_separators_inside_of_texts_are_no_ends_of_lines(tmp_path):
+    path = tmp_path / "q.jsonl"
+    line = json.dumps({"question_id": 1, "text": "a\u2028b\x85c"}, ensure_ascii=False)
+    # With a byte order mark and Windows' line ends, as its editors save.
+    path.write_bytes(f"\ufeff{line}\r\n".encode())
+    assert read_questions(path) == [Question(question_id=1, text="a\u2028b\x85c")]
+
+
+def test_categories_may_be_numbers(tmp_path):
+    """LLaVA reads no category, so files made for it may hold anything there."""
+    (question,) = read_questions(write(tmp_path / "q.jsonl", {"question_id": 1, "text": "x", "category": 3}))
+    assert question.category == "3"
 
 
 def test_absent_file_is_the_callers_mistake(tmp_path):

@@ -7,7 +7,19 @@ import pytest
 from PIL import Image
 
 from llava_saep.errors import UserError
-from llava_saep.evaluation.tasks import Answer, Review, find_task, llava_bench, mme, mmvet, pope, refcoco, vsr, whatsup
+from llava_saep.evaluation.tasks import (
+    Answer,
+    Review,
+    find_task,
+    llava_bench,
+    mme,
+    mmvet,
+    pope,
+    refcoco,
+    scienceqa,
+    vsr,
+    whatsup,
+)
 from llava_saep.evaluation.tasks import _mmbench as mmbench
 from llava_saep.evaluation.tasks._files import read_answers
 from llava_saep.evaluation.tasks._options import read_letter
@@ -89,6 +101,15 @@ def test_scienceqa_scores_questions_with_an_image_apart(ask):
         "grades 1-6": 1,
         "grades 7-12": 0,
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [("The answer is B", "FAILED"), ("The answer is B\nIt is.", "FAILED"), ("The answer is B, it is", "B")],
+)
+def test_scienceqa_needs_one_more_character_on_the_line(text, letter):
+    """The dot in LLaVA's pattern is no period, but it is no line break either."""
+    assert scienceqa.parse_option(text) == letter
 
 
 def test_textvqa_without_ocr_tokens_asks_the_same_without_them(ask):
@@ -180,7 +201,7 @@ def test_an_image_in_a_table_that_is_none_is_named_by_its_place(tmp_path):
     table = tmp_path / "t.tsv"
     table.write_text("index\tquestion\tA\tB\timage\n3\tWhat?\tx\ty\tbm8gaW1hZ2U=\n")
     (question,) = mmbench.table_questions(table)
-    with pytest.raises(UserError, match="t.tsv, index 3: the embedded image cannot be read"):
+    with pytest.raises(UserError, match="t.tsv, index 3, the embedded image: cannot be read"):
         question.images[0].open()
 
 
@@ -205,6 +226,8 @@ def test_a_damaged_table_is_refused(tmp_path, text, message):
         ("B.", "B"),
         ("(B) two", "B"),
         ("B: two", "B"),
+        ("B\nIt is two.", "B"),
+        ("The answer is C\nIt is.", "C"),
         (" b", None),
         ("The answer is C.", "C"),
         ("the answer is: (A)", "A"),
@@ -222,6 +245,30 @@ def test_letters_are_read_where_they_are_meant(text, letter):
 def test_seed_bench_takes_the_letter_alone(ask):
     _, _, score = ask("seed_bench", "test")
     assert values(score("A.", "C").metrics) == {"accuracy": 0.5, "image accuracy": 0, "video accuracy": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "question_file"),
+    [
+        ("gqa", "testdev_balanced", "llava_gqa_testdev_balanced.jsonl"),
+        ("seed_bench", "test", "llava-seed-bench.jsonl"),
+        ("textvqa", "val_ocr", "llava_textvqa_val_v051_ocr.jsonl"),
+        ("mme", "test", "llava_mme.jsonl"),
+        ("vqav2", "val", "v2_OpenEnded_mscoco_val2014_questions.json"),
+    ],
+)
+def test_annotations_that_are_not_asked_are_reported(ask, name, split, question_file):
+    """LLaVA's scorer of SEED-Bench, for one, counts them as wrong: a question file that lost lines must show."""
+    task, folder, _ = ask(name, split)
+    answers = answers_to(name, folder, split, ["x"] * len(task.questions(folder, split)))
+    path = folder / question_file
+    if path.suffix == ".json":
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps({**content, "questions": content["questions"][1:]}))
+    else:
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    reasons = [(each.count, each.effect) for each in task.score(folder, split, answers[1:]).exclusions]
+    assert reasons == [(1, "left out")]
 
 
 @pytest.mark.parametrize(
@@ -361,6 +408,8 @@ def test_mmvet_scores_are_read(reply, score):
         ("8,6", (8, 6)),
         ("Scores: 8 6", (-1, -1)),
         ("8 6 7", (-1, -1)),
+        ("8 nan", (-1, -1)),
+        ("inf 6", (-1, -1)),
         ("", (-1, -1)),
     ],
 )
