@@ -96,7 +96,8 @@ class DemoPage:
     def load_model(self, name: str) -> None:
         """Choose a model, and load it where it is not loaded yet."""
         self.choose_model(name)
-        self.wait_until(lambda: self.page.locator("#load").is_visible() or self.page.locator("#unload").is_visible())
+        # The buttons are those of the model before until the card names this one.
+        self.wait_until(lambda: name in self.page.locator("#model-card").inner_text().splitlines())
         if self.page.locator("#load").is_visible():
             self.page.locator("#load").click()
             self.page.locator("#unload").wait_for()

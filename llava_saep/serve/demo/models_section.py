@@ -93,7 +93,8 @@ class ModelsSection:
         entry = next((entry for entry in catalog.entries if entry.model_id == model_id), None)
         if entry is None:
             return "No model was found."
-        facts = [f"{entry.projector} projector"] if entry.projector != UNKNOWN else []
+        facts = [entry.model_id]
+        facts += [f"{entry.projector} projector"] if entry.projector != UNKNOWN else []
         facts += [f"{entry.tokens_per_image} tokens per image"] if entry.tokens_per_image else []
         facts += _facts_of_loaded(catalog.engine(model_id).description) if self._is_loaded(model_id) else ["not loaded"]
         return "<ul class='facts'>" + "".join(f"<li>{as_html(fact)}</li>" for fact in facts) + "</ul>"
