@@ -61,7 +61,7 @@ def write_reports(comparison: Comparison, results: Results, command: Sequence[st
     import torch
 
     from llava_saep.evaluation.comparison.report import write_report
-    from llava_saep.evaluation.comparison.tables import first_table
+    from llava_saep.evaluation.comparison.tables import all_remarks, first_table
     from llava_saep.evaluation.report import terminal_table
     from llava_saep.machine import describe_machine
 
@@ -77,7 +77,8 @@ def write_reports(comparison: Comparison, results: Results, command: Sequence[st
     }
     written = write_report(results, facts, comparison.folder, comparison.recipe.image_folder, NUM_DISAGREEMENTS)
     header, rows = first_table(results)
-    print("\n" + terminal_table(rows, header))
+    print("\n" + terminal_table(rows, header, has_sum_row=not results.benchmarks))
+    print("\n".join(all_remarks(results)))
     print("\n" + "\n".join(f"{name:<10} {path}" for name, path in written.items()))
 
 

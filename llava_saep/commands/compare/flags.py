@@ -2,6 +2,7 @@
 
 import argparse
 
+from llava_saep.commands.evaluate.flags import add_flag
 from llava_saep.errors import UserError
 from llava_saep.evaluation.tasks._base import DATA_ROOT
 from llava_saep.program import AbbreviatingParser
@@ -37,19 +38,15 @@ def _add_training_flags(group) -> None:
 
 
 def _add_model_flags(group) -> None:
-    _add_flag(group, "model-path", nargs="+", metavar="FOLDER", help="saved models of any format")
-    _add_flag(group, "question-file", help="one JSON object per line, with `answer`")
-    _add_flag(group, "image-folder", help="default: images/ beside the question file, or else the folder that it is in")
-    _add_flag(group, "task", help="benchmarks in place of a question file, as in `llava-saep eval`: pope,gqa")
-    _add_flag(group, "data-dir", default=str(DATA_ROOT), help="LLaVA's evaluation folders (default: %(default)s)")
-    _add_flag(group, "limit", type=int, help="only the first questions of each benchmark, to try things out")
-    _add_flag(group, "batch-size", type=int, default=32, help="default %(default)s")
-    _add_flag(group, "max-new-tokens", type=int, help="default: what the benchmark allows; 64 for a question file")
-    _add_flag(group, "trust-projector-code", action="store_true", help="as in `llava-saep eval`")
-
-
-def _add_flag(group, name: str, **kwargs) -> None:
-    group.add_argument(f"--{name}", f"--{name.replace('-', '_')}", **kwargs)
+    add_flag(group, "model-path", nargs="+", metavar="FOLDER", help="saved models of any format")
+    add_flag(group, "question-file", help="one JSON object per line, with `answer`")
+    add_flag(group, "image-folder", help="default: images/ beside the question file, or else the folder that it is in")
+    add_flag(group, "task", help="benchmarks in place of a question file, as in `llava-saep eval`: pope,gqa")
+    add_flag(group, "data-dir", default=str(DATA_ROOT), help="LLaVA's evaluation folders (default: %(default)s)")
+    add_flag(group, "limit", type=int, help="only the first questions of each benchmark, to try things out")
+    add_flag(group, "batch-size", type=int, default=32, help="default %(default)s")
+    add_flag(group, "max-new-tokens", type=int, help="default: what the benchmark allows; 64 for a question file")
+    add_flag(group, "trust-projector-code", action="store_true", help="as in `llava-saep eval`")
 
 
 def check_flags(arguments: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from llava_saep.evaluation.comparison.choice import Choice, parse_choices, selec
 from llava_saep.evaluation.comparison.recipe import RECIPE_FILE, Recipe, read_recipe
 from llava_saep.evaluation.comparison.runs import Run, benchmark_runs, model_runs, refuse_strangers, training_runs
 from llava_saep.evaluation.comparison.steps import Placement
+from llava_saep.evaluation.fingerprints import questions_fingerprint
 from llava_saep.evaluation.questions import Question, read_questions
 from llava_saep.evaluation.tasks import TaskQuestion
 
@@ -122,6 +123,7 @@ def _plan_models(arguments: argparse.Namespace) -> Comparison:
         "question_file": str(recipe.question_file),
         "image_folder": str(recipe.image_folder),
         "max_new_tokens": recipe.max_new_tokens,
+        "questions": questions_fingerprint(asked),
     }
     return Comparison(
         runs=tuple(model_runs(models, recipe, folder.absolute(), placement, trust_projector_code=trusts)),
@@ -157,7 +159,13 @@ def _plan_benchmarks(arguments: argparse.Namespace) -> Comparison:
     )
     trusts = arguments.trust_projector_code
     labels = [each.label for each in tasks]
-    described = {"tasks": labels, "data_dir": str(data_dir), "limit": arguments.limit}
+    described = {
+        "tasks": labels,
+        "data_dir": str(data_dir),
+        "limit": arguments.limit,
+        "max_new_tokens": arguments.max_new_tokens,
+        "questions": questions_fingerprint(questions),
+    }
     return Comparison(
         runs=tuple(benchmark_runs(models, arguments.task, settings, placement, trust_projector_code=trusts)),
         recipe=Recipe.of_benchmarks(labels, data_dir),

@@ -18,6 +18,7 @@ from llava_saep.evaluation.comparison.statistics import Interval
 from llava_saep.evaluation.comparison.tables import (
     Table,
     accuracy_table,
+    all_remarks,
     benchmark_table,
     cost_table,
     difference_table,
@@ -85,7 +86,8 @@ def page(results: Results, facts: Mapping[str, Any], image_folder: Path, num_exa
         _costs(results, facts),
         _curves(results),
         _disagreements(disagreements(results, num_examples), image_folder),
-        _failures(results),
+        _lines("To be known", all_remarks(results)),
+        _lines("Failed", failure_lines(results)),
         _circumstances(results, facts),
     ]
     body = "\n".join(f"<section>{section}</section>" for section in sections if section)
@@ -98,17 +100,12 @@ def page(results: Results, facts: Mapping[str, Any], image_folder: Path, num_exa
 
 def _heading(facts: Mapping[str, Any], results: Results) -> str:
     images = len({question.image for question in results.questions})
-    excluded = (
-        f" {results.num_excluded:,} further questions could not be put to every model and count for none."
-        if results.num_excluded
-        else ""
-    )
     if results.benchmarks:
         return f"<h1>Models compared</h1><p>{escape(facts['title'])}</p>"
     return (
         f"<h1>Projectors compared</h1><p>{escape(facts['title'])}</p>"
         f"<p class=soft>{len(results.questions):,} questions about {images:,} images, the same to all; answers are "
-        f"generated freely (greedily) and their final words are scored.{excluded} {_SCOPE}</p>"
+        f"generated freely (greedily) and their final words are scored. {_SCOPE}</p>"
     )
 
 
@@ -270,10 +267,9 @@ def _picture(image_folder: Path, name: str | None) -> str:
     return f'<img alt="{escape(name)}" width="{_SMALL_IMAGE_PX}" src="data:image/png;base64,{data}">'
 
 
-def _failures(results: Results) -> str:
-    lines = failure_lines(results)
+def _lines(title: str, lines: Sequence[str]) -> str:
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return f"<h2>Failed</h2><ul>{items}</ul>" if lines else ""
+    return f"<h2>{title}</h2><ul>{items}</ul>" if lines else ""
 
 
 def _circumstances(results: Results, facts: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from llava_saep.evaluation.comparison.statistics import (
 from llava_saep.evaluation.comparison.steps import read_json, record_path
 from llava_saep.evaluation.metrics import OVERALL, chance_accuracy, ends_with_answer
 from llava_saep.evaluation.questions import Question, read_questions
+from llava_saep.evaluation.results import ALL_FILE, remark_lines
 from llava_saep.evaluation.tasks._files import read_answers
 
 ANSWERS, BLIND_ANSWERS = "answers.jsonl", "answers_blind.jsonl"
@@ -124,6 +125,7 @@ class Results:
         questions: those that are scored.
         num_excluded: questions with an answer to compare with that some run could not be asked, such as about an image
             that will not open.
+        remarks: what a reader of the benchmarks' numbers should know, by model: what was left out or not scored.
     """
 
     questions: tuple[Question, ...]
@@ -134,6 +136,7 @@ class Results:
     reference: str | None
     differences: tuple[Difference, ...]
     benchmarks: tuple[BenchmarkRow, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 def collect(runs: Sequence[Run], recipe: Recipe, reference: str | None) -> Results:
@@ -163,6 +166,7 @@ def collect(runs: Sequence[Run], recipe: Recipe, reference: str | None) -> Resul
         reference=reference,
         differences=tuple(differences),
         benchmarks=tuple(_benchmark_rows(runs)) if recipe.question_file is None else (),
+        remarks=tuple(_benchmark_remarks(runs)) if recipe.question_file is None else (),
     )
 
 
@@ -186,10 +190,19 @@ def _benchmark_rows(runs: Sequence[Run]) -> Iterator[BenchmarkRow]:
         yield BenchmarkRow(benchmark=name, metric=metric, counts=tuple(counts), is_share=is_share, values=cells)
 
 
+def _benchmark_remarks(runs: Sequence[Run]) -> Iterator[str]:
+    for run in runs:
+        if not run.open_steps:
+            yield from (f"{run.label}: {line}" for entry in _entries(run).values() for line in remark_lines(entry))
+
+
+def _entries(run: Run) -> dict[str, dict[str, Any]]:
+    return (read_json(run.folder / "evaluation" / ALL_FILE) or {"results": {}})["results"]
+
+
 def _benchmark_results(run: Run) -> dict[tuple[str, str | None, str], dict[str, Any]]:
-    entries = (read_json(run.folder / "evaluation" / "results.json") or {"results": {}})["results"]
     found: dict[tuple[str, str | None, str], dict[str, Any]] = {}
-    for label, entry in entries.items():
+    for label, entry in _entries(run).items():
         result = entry["result"] or {"metrics": [], "rows": []}  # None: labels are hidden, or no judge was named
         found |= {(label, None, metric["name"]): metric for metric in result["metrics"]}
         for row in result["rows"]:

@@ -3,6 +3,8 @@
 Each step is a process of its own, so that its peak of memory is its own, and its record appears whole or not at all.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import logging
@@ -17,12 +19,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_saep.errors import UserError
 from llava_saep.evaluation.benchmarks import BenchmarkSettings
 from llava_saep.evaluation.tasks import TaskQuestion
 from projectors import ProjectorError
+
+if TYPE_CHECKING:
+    from llava_saep.generation import Predictor
 
 LOG_FILE = "log.txt"
 FAILURE_FILE = "failure.json"
@@ -233,6 +238,26 @@ def _visible(device: str) -> str:
     return device.partition(":")[0]
 
 
+def _first_token_seconds(predictor: Predictor, question: TaskQuestion) -> float:
+    from llava_saep.evaluation.image_loading import open_image
+    from llava_saep.evaluation.runner import question_messages
+    from llava_saep.generation import GenerationOptions
+
+    began = time.perf_counter()
+    messages = question_messages(question, [open_image(image) for image in question.images])
+    predictor.generate([messages], GenerationOptions(max_new_tokens=1))
+    return time.perf_counter() - began
+
+
+def _opens(question: TaskQuestion) -> bool:
+    from llava_saep.evaluation.image_loading import open_image
+
+    try:
+        return bool([open_image(image) for image in question.images])
+    except UserError:
+        return False
+
+
 def measure_speed(
     model_path: Path,
     questions: Sequence[TaskQuestion],
@@ -248,24 +273,22 @@ def measure_speed(
     pass.
 
     Args:
-        questions: asked in this order, over again where there are too few; each has an image.
+        questions: asked in this order, over again where there are too few; each has an image. Those whose image will
+            not open are passed over: the evaluation has reported them.
+    Raises:
+        UserError: none of the images will open.
     """
-    from llava_saep.evaluation.image_loading import open_image
-    from llava_saep.evaluation.runner import question_messages
-    from llava_saep.generation import GenerationOptions, Predictor
+    from llava_saep.generation import Predictor
     from llava_saep.train.trainable import count_parameters
 
     predictor = Predictor.from_pretrained(
         model_path, device=_visible(device), trust_projector_code=trust_projector_code
     )
-    seconds = []
-    for index in range(num_warmup + num_repeats):
-        question = questions[index % len(questions)]
-        began = time.perf_counter()
-        messages = question_messages(question, [open_image(image) for image in question.images])
-        predictor.generate([messages], GenerationOptions(max_new_tokens=1))
-        seconds.append(time.perf_counter() - began)
-    measured = sorted(seconds[num_warmup:])
+    readable = [question for question in questions if _opens(question)]
+    if not readable:
+        raise UserError(f"none of the {len(questions)} images that the first token is timed with can be read")
+    asked = [readable[index % len(readable)] for index in range(num_warmup + num_repeats)]
+    measured = sorted([_first_token_seconds(predictor, question) for question in asked][num_warmup:])
     counts = {count.part: count.num_parameters for count in count_parameters(predictor.model)}
     return {
         "first_token_seconds": statistics.median(measured),

@@ -132,10 +132,19 @@ def markdown(results: Results, title: str, notes: Sequence[str]) -> str:
     if results.differences:
         parts += ["## In pairs", markdown_table(*reversed(difference_table(results)))]
     parts += ["## Costs", markdown_table(*reversed(cost_table(results)))]
+    remarks = all_remarks(results)
+    if remarks:
+        parts += ["## To be known", "\n".join(f"- {line}" for line in remarks)]
     failures = failure_lines(results)
     if failures:
         parts += ["## Failed", "\n".join(f"- {line}" for line in failures)]
     return "\n\n".join(parts) + "\n"
+
+
+def all_remarks(results: Results) -> list[str]:
+    """What was left out of the numbers, or not scored: a line each."""
+    excluded = f"{results.num_excluded:,} further questions could not be put to every model and count for none"
+    return [*([excluded] if results.num_excluded else []), *results.remarks]
 
 
 def failure_lines(results: Results) -> list[str]:
@@ -152,6 +161,7 @@ def results_document(results: Results, facts: Mapping[str, Any]) -> dict[str, An
         "num_excluded_questions": results.num_excluded,
         "chance": dict(results.chance),
         "benchmarks": [_benchmark_document(row) for row in results.benchmarks],
+        "remarks": list(results.remarks),
         "entries": [_entry_document(entry) for entry in results.entries],
         "differences": [_difference_document(one) for one in results.differences],
     }

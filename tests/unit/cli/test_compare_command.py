@@ -181,6 +181,21 @@ def test_benchmarks_are_put_to_each_model(models, monkeypatch):
     assert "| spatial_scenes | accuracy | 4 |" in (models / "out" / "report.md").read_text()
 
 
+def test_what_was_left_out_of_benchmarks_is_told_and_other_settings_are_another_comparison(models, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "_context", lambda device: multiprocessing.get_context("fork"))
+    shutil.copytree(models / "held", models / "data" / "spatial_scenes" / "held_out")
+    (models / "data" / "spatial_scenes" / "held_out" / "images" / "3.png").write_bytes(b"no image")
+    command = ["compare", "--model-path", str(models / "saep" / "stage2"), "--task", "spatial_scenes"]
+    command += ["--data-dir", str(models / "data"), "--output-dir", str(models / "out"), "--device", "cpu"]
+    assert main([*command, "--max-new-tokens", "4"]) == 0
+    remark = "spatial_scenes: 1 of 4 questions could not be put, the first one 3"
+    assert remark in capsys.readouterr().out
+    for name in ("report.md", "report.html", "results.json"):
+        assert remark in (models / "out" / name).read_text(), name
+    assert main([*command, "--max-new-tokens", "5"]) == 2
+    assert "holds another comparison (recipe differ)" in capsys.readouterr().err
+
+
 def test_folders_are_told_apart_by_the_end_of_their_paths():
     labelled = plan.labelled(["a/one/stage2", "b/two/stage2"])
     assert list(labelled) == ["one-stage2", "two-stage2"]
