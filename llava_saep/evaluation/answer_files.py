@@ -17,6 +17,8 @@ Record = dict[str, Any]
 """One line: question_id, prompt, text, answer_id, model_id, metadata, and what a benchmark adds."""
 
 _PART = ".rank"
+_FIRST_CHARACTERS = '{"question_id": '
+"""Of every line that `answer_record` makes."""
 
 
 def answer_record(question: TaskQuestion, text: str, model_id: str, metadata: Mapping[str, Any]) -> Record:
@@ -41,6 +43,15 @@ def find_parts(path: Path) -> list[Path]:
     """Parts that ranks of this run or of an interrupted one have written."""
     named = (file for file in path.parent.glob(f"{path.name}{_PART}*") if file.is_file())
     return sorted(file for file in named if file.name.removeprefix(path.name + _PART).isdecimal())
+
+
+def refuse_other_files(path: Path) -> None:
+    """Raise UserError where the file holds something else than answers, which the first answer would replace."""
+    if not path.is_file() or not path.stat().st_size or any(_readable_records([path])):
+        return
+    # All that a run leaves which was killed while it wrote its first line is the beginning of that line.
+    if not path.read_text(encoding="utf-8", errors="replace").startswith(_FIRST_CHARACTERS):
+        raise UserError(f"{path}: holds something else than answers, one JSON object per line; name another file")
 
 
 def set_aside_others(path: Path, metadata: Mapping[str, Any]) -> int:

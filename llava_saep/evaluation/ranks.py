@@ -95,12 +95,12 @@ def gather(value: T) -> list[T]:
 
 
 def device_of_rank(device: str | None) -> str | None:
-    """The device to use: as asked, or the GPU of this rank where several share a machine."""
+    """The device to use: as asked, but the GPU of this rank where several share a machine and none is numbered."""
     import torch
 
     from llava_saep.train import distributed
 
-    if device is None and distributed.world_size() > 1 and torch.cuda.is_available():
+    if device in (None, "cuda") and distributed.world_size() > 1 and torch.cuda.is_available():
         return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
     return device
 

@@ -162,7 +162,7 @@ def circumstances(entry: Mapping[str, Any]) -> str:
     if "prompt" in entry:
         size = " x ".join(map(str, entry["preprocessing"]["size"]))
         words += [
-            f"{model['tokens_per_image']} tokens per image, {model['dtype']}",
+            f"{model['tokens_per_image']} tokens per image, {_weights_words(model)}",
             f"template {entry['prompt']['template']}",
             f"images {entry['preprocessing']['aspect_ratio']}, {size}",
             decoding_words(entry["decoding"]),
@@ -172,6 +172,10 @@ def circumstances(entry: Mapping[str, Any]) -> str:
     words.append(f"torch {versions['torch']}, transformers {versions['transformers']}")
     words.append(f"{program['machine'].get('gpu', program['machine']['processor'])}, {program['date']}")
     return "; ".join(words) + f"; `{program['command']}`"
+
+
+def _weights_words(model: Mapping[str, Any]) -> str:
+    return model["dtype"] if model["bits"] is None else f"{model['dtype']}, language model in {model['bits']} bits"
 
 
 def decoding_words(decoding: Mapping[str, Any]) -> str:

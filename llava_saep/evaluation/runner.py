@@ -20,6 +20,7 @@ from llava_saep.evaluation.answer_files import (
     json_line,
     kept_records,
     part_of_rank,
+    refuse_other_files,
     set_aside_others,
     write_together,
 )
@@ -168,6 +169,7 @@ def _plan(
     questions: Sequence[TaskQuestion], asking: Asking, path: Path, metadata: dict[str, Any], num_ranks: int
 ) -> list[Batch]:
     """Put what interrupted runs have left into one file, and the open questions into batches."""
+    refuse_other_files(path)
     num_others = set_aside_others(path, metadata)
     if num_others:
         logger.warning("%s: %d answers were made in another way; they are kept in files beside it", path, num_others)

@@ -43,7 +43,8 @@ def accuracy_table(results: Results) -> Table:
     """Per cent of right answers by kind of question, with intervals; last row: what guessing reaches."""
     header = ["projector", "runs", "tokens", OVERALL, *results.categories, "blind, overall"]
     rows = [[*_who(entry), *_accuracy_cells(entry, results.categories)] for entry in results.entries]
-    guessing = [percent(results.chance[name]) for name in (OVERALL, *results.categories) if name in results.chance]
+    kinds = (OVERALL, *results.categories)
+    guessing = [percent(results.chance[kind]) if kind in results.chance else MISSING for kind in kinds]
     return header, [*rows, ["(most frequent answer)", MISSING, MISSING, *guessing, MISSING]]
 
 

@@ -7,6 +7,7 @@ import pytest
 from llava_saep.errors import UserError
 from llava_saep.evaluation.results import (
     SCHEMA,
+    circumstances,
     command_line,
     metric_rows,
     read_result,
@@ -47,6 +48,18 @@ def test_shares_are_shown_in_percent_points_as_they_are_and_undefined_numbers_as
         ("pope", "points", "12.50", "", "8"),
         ("pope / left", "accuracy", "undefined", "", "8"),
     ]
+
+
+def test_circumstances_tell_how_weights_were_rounded():
+    asked = {
+        "prompt": {"template": "v1"},
+        "preprocessing": {"size": [336, 336], "aspect_ratio": "pad"},
+        "decoding": {"temperature": 0.0, "top_p": 1.0, "num_beams": 1, "max_new_tokens": 8},
+    }
+    model = {"id": "m", "fingerprint": "f", "tokens_per_image": 9, "dtype": "bfloat16"}
+    whole, rounded = (circumstances(entry(model={**model, "bits": bits}, **asked)) for bits in (None, 4))
+    assert "9 tokens per image, bfloat16; template v1; images pad, 336 x 336; greedy, at most 8 tokens" in whole
+    assert "9 tokens per image, bfloat16, language model in 4 bits; template v1" in rounded
 
 
 def test_everything_that_changes_a_denominator_is_said():

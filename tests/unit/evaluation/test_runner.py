@@ -77,6 +77,34 @@ def test_place_that_cannot_be_written_to_is_said_before_anything_is_asked(tmp_pa
     assert model.batches == []
 
 
+def test_file_that_holds_something_else_is_not_written_over(tmp_path):
+    path = tmp_path / "annotations.json"
+    path.write_text('{"questions": [1,\n 2]}\n')
+    with pytest.raises(UserError, match="annotations.json: holds something else than answers"):
+        answer(Model(), path)
+    assert path.read_text() == '{"questions": [1,\n 2]}\n'
+
+
+def test_run_that_was_killed_within_its_first_line_begins_anew(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    answer(Model(), path)
+    path.write_text(path.read_text()[:40])
+    assert answer(Model(), path).texts == EXPECTED
+
+
+def test_answers_that_did_not_arrive_in_the_file_are_an_error(tmp_path):
+    """As where ranks write to disks of their own, and rank 0 finds its part alone."""
+    path = tmp_path / "answers.jsonl"
+    model = Model()
+
+    def generate(conversations):
+        path.write_text("")
+        return model(conversations)
+
+    with pytest.raises(UserError, match="4 of 5 answers are missing, the first one to question 0. All ranks must"):
+        answer(generate, path)
+
+
 def test_fields_of_a_benchmark_stand_in_its_answer_lines(tmp_path):
     path = tmp_path / "answers.jsonl"
     rounds = [question(7, "Which?", answer_fields={"round_id": index, "options": ["a", "b"]}) for index in range(2)]
