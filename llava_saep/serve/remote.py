@@ -288,11 +288,11 @@ def _chunks(response: httpx.Response) -> Iterator[dict[str, Any]]:
     Raises:
         httpx.DecodingError: an event holds no JSON object.
     """
-    for line in response.iter_lines():
-        if not line.startswith("data:"):
+    for line in _lines(response):
+        if not line.startswith(b"data:"):
             continue
-        data = line.removeprefix("data:").strip()
-        if data == "[DONE]":
+        data = line.removeprefix(b"data:").strip()
+        if data == b"[DONE]":
             return
         try:
             chunk = json.loads(data)
@@ -301,6 +301,15 @@ def _chunks(response: httpx.Response) -> Iterator[dict[str, Any]]:
         if not isinstance(chunk, dict):
             raise httpx.DecodingError(f"expected an object, got {data[:80]!r}")
         yield chunk
+
+
+def _lines(response: httpx.Response) -> Iterator[bytes]:
+    """Yield the lines of a stream of events. (httpx would also end one at U+2028 and the like, which JSON may hold.)"""
+    pending = b""
+    for received in response.iter_bytes():
+        *lines, pending = (pending + received).split(b"\n")
+        yield from lines
+    yield pending
 
 
 def _request_body(model: str, messages: Sequence[Message], options: GenerationOptions) -> dict[str, Any]:

@@ -15,6 +15,16 @@ from llava_saep.serve.limits import Limits
 ALLOWED_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """Pillow's names. Phones write JPEGs that Pillow calls MPO (several pictures in one file); they come with JPEG."""
 
+_MAX_HEAD_READS = 10_000
+_MAX_READS = 100_000
+"""Pieces in which a file is read, up to its pixels and from there on. Pillow joins the comments of a GIF one by one, in
+a time that grows with the square of their number."""
+_MAX_EXIF_BYTES = 65_535
+"""A JPEG's segment has no more. Each of the tags in it may stand for all of it, and Pillow copies it for each."""
+_MAX_SCANS = 100
+"""Of a progressive JPEG, which has about ten; a scan of a hundred bytes can make the decoder visit all pixels anew."""
+_RAW_EXIF = "Raw profile type exif"
+
 
 def open_untrusted_image(data: bytes, limits: Limits) -> Image.Image:
     """Decode an image that somebody sent.
@@ -28,8 +38,11 @@ def open_untrusted_image(data: bytes, limits: Limits) -> Image.Image:
             holds nothing of this machine.
     """
     size = read_untrusted_size(data, limits)
-    with _decoding_errors(), Image.open(io.BytesIO(data), formats=ALLOWED_FORMATS) as image:
+    file = _MeteredFile(data)
+    with _decoding_errors(), Image.open(file, formats=ALLOWED_FORMATS) as image:
+        file.reads_left = _MAX_READS
         image.load()
+        _check_exif(image)
         decoded = to_rgb(_to_eight_bits(turn_upright(image)))
     decoded.info.clear()  # profiles and comments, of any length
     refuse_thin((size.width, size.height))
@@ -42,7 +55,9 @@ def read_untrusted_size(data: bytes, limits: Limits) -> ImageSize:
         raise UserError("the image is empty; expected a PNG, JPEG, WebP, GIF or BMP file")
     if len(data) > limits.max_image_bytes:
         raise UserError(f"the image has {len(data):,} bytes, at most {limits.max_image_bytes:,} are allowed")
-    with _decoding_errors(), Image.open(io.BytesIO(data), formats=ALLOWED_FORMATS) as image:
+    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > _MAX_SCANS:
+        raise UserError(f"the JPEG is stored in more than {_MAX_SCANS} scans; save it anew")
+    with _decoding_errors(), Image.open(_MeteredFile(data), formats=ALLOWED_FORMATS) as image:
         width, height = image.size
     if width * height > limits.max_image_pixels:
         raise UserError(
@@ -50,6 +65,44 @@ def read_untrusted_size(data: bytes, limits: Limits) -> ImageSize:
         )
     refuse_thin((width, height))
     return ImageSize(height, width)
+
+
+class _MeteredFile(io.BytesIO):
+    """A file whose decoder is stopped when it reads too many pieces, or a second block of a JPEG's EXIF data.
+
+    Attributes:
+        reads_left: pieces that may still be read.
+    """
+
+    def __init__(self, data: bytes):
+        super().__init__(data)
+        self.reads_left = _MAX_HEAD_READS
+        self._has_exif = False
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Read on.
+
+        Raises:
+            UserError: that was one piece too many.
+        """
+        self.reads_left -= 1
+        if self.reads_left < 0:
+            raise UserError("the image is stored in too many small pieces; save it anew")
+        data = super().read(size)
+        if data.startswith(b"Exif\0\0"):  # Pillow joins these blocks, and reads them when it opens the file
+            if self._has_exif:
+                raise UserError("the image has several blocks of EXIF data; save it without them")
+            self._has_exif = True
+        return data
+
+
+def _check_exif(image: Image.Image) -> None:
+    """Refuse EXIF data that would fill the memory when they are read."""
+    found = max(len(image.info.get("exif", b"")), len(image.info.get(_RAW_EXIF, "")) // 2)  # the latter is hexadecimal
+    if found > _MAX_EXIF_BYTES:
+        raise UserError(
+            f"the image has {found:,} bytes of EXIF data, at most {_MAX_EXIF_BYTES:,} are read; save it without them"
+        )
 
 
 class _decoding_errors:

@@ -44,9 +44,9 @@ class ImageSource:
 
         def load(address: str) -> Image.Image:
             data = self._read(address, deadline)
-            size = read_untrusted_size(data, self.limits)
-            take_pixels(size.width * size.height)
-            with self._decoding:
+            with self._decoding:  # for the head too: what stands in it can cost more than the pixels
+                size = read_untrusted_size(data, self.limits)
+                take_pixels(size.width * size.height)
                 return open_untrusted_image(data, self.limits)
 
         return [message | {"content": _with_images(message["content"], load)} for message in messages]

@@ -69,8 +69,8 @@ def usage(statistics: AnswerStatistics) -> dict[str, Any]:
 
 
 def event(content: dict[str, Any]) -> bytes:
-    """One server-sent event. JSON holds no line breaks, so one line is enough."""
-    return b"data: " + json.dumps(content, ensure_ascii=False).encode() + b"\n\n"
+    """One server-sent event, on one line: in ASCII there is nothing that any client takes for a line's end."""
+    return b"data: " + json.dumps(content).encode() + b"\n\n"
 
 
 def model_card(description: ModelDescription, created: int) -> dict[str, Any]:

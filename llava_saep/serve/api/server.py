@@ -15,6 +15,9 @@ from llava_saep.errors import UserError
 HEAD_SECONDS = 15.0
 """The head of a request must have come by then."""
 
+READING_SECONDS = 30.0
+"""A client that takes nothing of its answer for so long is cut off: the answer would hold its place for ever."""
+
 _KEEP_ALIVE_SECONDS = 5
 _SHUTDOWN_SECONDS = 30
 """Answers in the making get that long to end after SIGTERM; then they are cut off."""
@@ -24,12 +27,13 @@ _MAX_CONNECTIONS = 512
 
 
 class ImpatientProtocol(H11Protocol):
-    """HTTP/1.1 on which a connection that does not come to the end of a request's head is closed.
+    """HTTP/1.1 on which a connection is closed that does not come to the end of a request's head, or reads no answer.
 
     h11 rather than httptools, which lets a head grow without limit.
     """
 
     _head_timer: asyncio.TimerHandle | None = None
+    _reading_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the clock."""
@@ -45,6 +49,18 @@ class ImpatientProtocol(H11Protocol):
         """Stop the clock."""
         super().connection_lost(exc)
         self._stop_clock()
+        self._stop_reading_clock()
+
+    def pause_writing(self) -> None:
+        """Start the clock of a client that does not read as fast as it is answered."""
+        super().pause_writing()
+        # Not close(), which waits until everything is read.
+        self._reading_timer = self.loop.call_later(READING_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Stop that clock."""
+        super().resume_writing()
+        self._stop_reading_clock()
 
     def _watch_head(self) -> None:
         has_whole_head = self.cycle is not None and not self.cycle.response_complete
@@ -57,6 +73,11 @@ class ImpatientProtocol(H11Protocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def _stop_reading_clock(self) -> None:
+        if self._reading_timer is not None:
+            self._reading_timer.cancel()
+            self._reading_timer = None
 
 
 class AnnouncingServer(uvicorn.Server):

@@ -110,6 +110,19 @@ def test_answer_arrives_in_the_servers_pieces_with_its_counts(server, engine):
     assert 0 < statistics.first_token_seconds <= statistics.seconds
 
 
+def test_only_line_feeds_end_an_events_line(server, engine):
+    """Unicode has other line ends, which JSON may hold as they are."""
+    server.events[0] = json.dumps(piece("a\u2028b\x85c\u2029"), ensure_ascii=False)
+    assert list(engine.stream(QUESTION)) == ["a\u2028b\x85c\u2029", " there"]
+
+
+def test_reason_that_openai_has_no_word_for_is_kept(server, engine):
+    server.events[2]["choices"][0] |= {"finish_reason": "length", "finish_details": "time_limit"}
+    stream = engine.stream(QUESTION)
+    list(stream)
+    assert stream.statistics.finish_reason == "time_limit"
+
+
 def test_pieces_are_handed_on_before_the_answer_is_complete(server, engine):
     server.pause_seconds = 0.4
     stream, started = engine.stream(QUESTION), time.monotonic()
