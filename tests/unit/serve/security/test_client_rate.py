@@ -2,9 +2,10 @@
 
 import pytest
 
+from llava_saep.serve import rate
 from llava_saep.serve.api import ApiKeys, ApiSettings
 from llava_saep.serve.limits import Limits
-from llava_saep.serve.rate import client_name
+from llava_saep.serve.rate import RequestRate, client_name
 from tests.fixtures.requests import ask, question, refused
 
 KEYS = ["first-key-0123456789", "second-key-0123456789"]
@@ -51,3 +52,14 @@ def test_a_client_cannot_choose_its_address(open_client, header):
 )
 def test_addresses_of_one_network_are_one_client(one, other, same):
     assert (client_name(one) == client_name(other)) == same
+
+
+def test_no_more_clients_are_remembered_than_fit(monkeypatch):
+    """The one that has been quiet longest is forgotten, not one that still asks."""
+    monkeypatch.setattr(rate, "_MAX_CLIENTS", 3)
+    counts = RequestRate(1, clock=lambda: 0.0)
+    assert [counts.seconds_to_wait(client) for client in "abc"] == [0, 0, 0]
+    assert counts.seconds_to_wait("a") > 0
+    assert counts.seconds_to_wait("d") == 0  # b makes room for it
+    assert counts.seconds_to_wait("a") > 0 and counts.seconds_to_wait("b") == 0
+    assert len(counts._times) == 3
