@@ -119,17 +119,20 @@ class CategoryRow:
     metrics: tuple[Metric, ...]
 
 
+ExclusionEffect = Literal["counted as wrong", "left out", "ignored", "scored all the same"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Exclusion:
-    """Questions or answers that were not scored as they stand.
+    """Questions or answers that were not scored as they stand, or that a reader should know of.
 
     `effect` says what became of them: "counted as wrong" keeps the denominator, "left out" makes it smaller, "ignored"
-    concerns answers that belong to no question.
+    concerns answers that belong to no question, "scored all the same" changes nothing.
     """
 
     reason: str
     count: int
-    effect: Literal["counted as wrong", "left out", "ignored"]
+    effect: ExclusionEffect
     examples: tuple[str, ...] = ()
 
 

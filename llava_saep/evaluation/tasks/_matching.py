@@ -6,11 +6,11 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 from llava_saep.errors import UserError
 
-from ._base import Answer, Exclusion, TaskQuestion
+from ._base import Answer, Exclusion, ExclusionEffect, TaskQuestion
 
 NUM_EXAMPLES = 5
 
@@ -48,13 +48,17 @@ def match_answers(questions: Sequence[TaskQuestion], answers: Sequence[Answer]) 
     doubled = [answer for key, given in waiting.items() if key in wanted for answer in given[: -wanted[key]]]
     kept = {key: list(reversed(given[-wanted[key] :])) for key, given in waiting.items() if key in wanted}
     matched = tuple(kept[key].pop() if kept.get(key := key_of(question.key)) else None for question in questions)
-    missing = [question for question, answer in zip(questions, matched, strict=True) if answer is None]
+    pairs = list(zip(questions, matched, strict=True))
+    missing = [question for question, answer in pairs if answer is None]
+    # Ids are often plain numbers, so that a file of another benchmark's answers fits too.
+    reworded = [q for q, answer in pairs if answer is not None and answer.prompt not in ("", q.prompt)]
     return MatchedAnswers(
         matched,
         collect_exclusions(
             exclusion("questions without an answer", "counted as wrong", (q.question_id for q in missing)),
             exclusion("answers that a later one replaces", "ignored", (a.question_id for a in doubled)),
             exclusion("answers to no question", "ignored", (a.question_id for a in unknown)),
+            exclusion("answers to another wording", "scored all the same", (q.question_id for q in reworded)),
         ),
     )
 
@@ -117,9 +121,7 @@ def unasked(annotated: Iterable[Hashable], asked: Iterable[Hashable], place: str
     return collect_exclusions(exclusion(f"annotations in {Path(place).name} of no question", "left out", left))
 
 
-def exclusion(
-    reason: str, effect: Literal["counted as wrong", "left out", "ignored"], ids: Iterable[Any]
-) -> Exclusion | None:
+def exclusion(reason: str, effect: ExclusionEffect, ids: Iterable[Any]) -> Exclusion | None:
     """Count of the ids with the first of them as examples; None for none."""
     named = [str(each) for each in ids]
     if not named:

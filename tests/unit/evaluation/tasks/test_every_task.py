@@ -1,5 +1,6 @@
 """What holds for every benchmark: nothing is lost, nothing is doubled, and what is missing is said."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -111,6 +112,19 @@ def test_answers_to_no_question_are_reported(sample, split):
     (unknown,) = result.exclusions
     assert (unknown.reason, unknown.count, unknown.examples) == ("answers to no question", 1, ("stranger",))
     task.export(folder, split, [*answers, stranger], folder / "out")
+
+
+@over_splits(SCORED)
+def test_answers_to_other_questions_with_the_same_ids_are_reported(sample, split):
+    """Ids are often plain numbers: answers to another benchmark would pass for this one's."""
+    task, folder, right = sample
+    answers = answers_to(task.name, folder, split, right[split])
+    reworded = [dataclasses.replace(each, prompt=f"{each.prompt} Really?") for each in answers]
+    reasons = {each.reason: each.effect for each in task.score(folder, split, reworded).exclusions}
+    if len({(each.question_id, each.round_id) for each in answers}) == len(answers):
+        assert reasons == {"answers to another wording": "scored all the same"}
+    else:  # questions that only their words tell apart
+        assert set(reasons) == {"questions without an answer", "answers to no question"}
 
 
 @over_splits(SCORED)

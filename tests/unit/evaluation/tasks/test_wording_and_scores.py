@@ -1,7 +1,10 @@
 """What each benchmark asks, word for word, and scores that were worked out by hand."""
 
 import json
+import statistics
 from collections import Counter
+from statistics import NormalDist
+from zipfile import ZipFile
 
 import pytest
 from PIL import Image
@@ -23,6 +26,7 @@ from llava_saep.evaluation.tasks import (
 from llava_saep.evaluation.tasks import _mmbench as mmbench
 from llava_saep.evaluation.tasks._files import read_answers
 from llava_saep.evaluation.tasks._options import read_letter
+from llava_saep.evaluation.tasks._scoring import mean_metric
 from tests.fixtures.benchmarks import LETTER, SHORT, answers_to, write_sample
 
 
@@ -175,6 +179,18 @@ def test_mmbench_asks_with_hint_and_options(ask):
     assert first.text == first.prompt + LETTER
     assert last.text == f'What is it?\nA. None of these\nB. a "cat", asleep{LETTER}'
     assert first.images[0].open().size == (8, 6)
+
+
+def test_mmbench_uploads_the_first_round(ask):
+    task, folder, _ = ask("mmbench", "dev_all_rounds")
+    rounds = [question.answer_fields["round_id"] for question in task.questions(folder, "dev_all_rounds")]
+    said = ["later" if round_id else "first" for round_id in rounds]
+    (path,) = task.export(
+        folder, "dev_all_rounds", answers_to("mmbench", folder, "dev_all_rounds", said), folder / "up"
+    )
+    with ZipFile(path) as book:
+        cells = book.read("xl/sharedStrings.xml").decode()
+    assert ">first<" in cells and ">later<" not in cells
 
 
 def test_mmbench_cn_asks_in_chinese(ask):
@@ -391,6 +407,13 @@ def test_mmvet_means_scores_per_ability_and_counts_failed_reviews(ask):
     assert (unasked.reason, unasked.examples) == ("questions without a review", ("1",))
     with pytest.raises(UserError, match="none of the 1 reviews holds a score"):
         task.score_reviews(folder, "test", lines[1:])
+
+
+def test_mean_of_soft_scores_has_the_normal_interval_of_a_mean():
+    scores = [0.3, 1.0, 0.0, 0.9, 0.6]
+    half_width = NormalDist().inv_cdf(0.975) * statistics.stdev(scores) / len(scores) ** 0.5
+    expected = (statistics.mean(scores) - half_width, statistics.mean(scores) + half_width)
+    assert mean_metric("accuracy", scores).interval == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
