@@ -35,7 +35,7 @@ def prompt_symbols(prompt: Prompt, image_keys: Sequence[str]) -> list[Symbol]:
 
 
 def shared_length(symbols: Sequence[Symbol], others: Sequence[Symbol]) -> int:
-    """Length of the common beginning, in whole images."""
+    """Length of the common beginning, in whole images of the first."""
     pairs = zip(symbols, others, strict=False)
     length = next((at for at, (own, other) in enumerate(pairs) if own != other), min(len(symbols), len(others)))
     while 0 < length < len(symbols) and isinstance(symbols[length], str) and symbols[length] == symbols[length - 1]:
@@ -87,8 +87,7 @@ class DynamicCaches(ConversationCaches):
 
     def start(self, symbols: Sequence[Symbol]) -> tuple[Cache, int]:
         """See `ConversationCaches.start`."""
-        beginning = symbols[:-1]
-        lengths = [shared_length(beginning, entry.symbols) for entry in self._entries]
+        lengths = [shared_length(symbols, entry.symbols[: len(symbols) - 1]) for entry in self._entries]
         length = max(lengths, default=0)
         if length == 0:
             return DynamicCache(config=self.config), 0
@@ -147,7 +146,7 @@ class StaticCaches(ConversationCaches):
         """See `ConversationCaches.start`."""
         if self._cache is None:
             self._cache = StaticCache(self.config, max_cache_len=self.max_length)
-        length = shared_length(symbols[:-1], self._symbols)
+        length = shared_length(symbols, self._symbols[: len(symbols) - 1])
         self._symbols = []
         if length == 0:
             self._cache.reset()

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from llava_saep.errors import UserError
-from llava_saep.generation import EngineSettings, GenerationOptions, LocalEngine
+from llava_saep.generation import EngineSettings, GenerationOptions, LocalEngine, Predictor
 from llava_saep.generation.conversation_cache import shared_length
 from llava_saep.generation.image_features import content_key
 from tests.fixtures.conversations import answered, ask
@@ -137,6 +137,16 @@ def test_another_try_keeps_all_but_the_last_token(saep, images):
     _, again = stream(engine, messages, sampled)
     assert again.cached_tokens == first.prompt_tokens - 1
     assert stream(engine, messages)[0] == stream(LocalEngine(saep, model_id="fresh"), messages)[0]
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_prompt_that_ends_with_an_image_is_answered_again(saep, images, written, cache):
+    """As the template of pretraining has it: the last token, which is always read anew, is one of the image's."""
+    predictor = Predictor(saep.model, saep.processor, template="plain")
+    engine, rows = LocalEngine(predictor, model_id="tiny", settings=EngineSettings(cache=cache)), written(saep)
+    messages = [{"role": "user", "content": [{"type": "image", "image": images[0]}]}]
+    assert [check_equal(engine, rows, messages)[1].cached_tokens for _ in range(2)] == [0, 1]
+    engine.close()
 
 
 def test_same_words_about_another_image_share_what_is_before_it_alone(saep, images, written):
