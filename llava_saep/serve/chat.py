@@ -49,7 +49,7 @@ class ChatSession:
         statistics: of the last answer, if there was one.
     """
 
-    engine: LocalEngine
+    engine: LocalEngine | RemoteEngine
     options: GenerationOptions
     messages: list[Message] = field(default_factory=list)
     waiting_images: list[Path | Image.Image] = field(default_factory=list)
@@ -119,7 +119,7 @@ class ChatSession:
         try:
             for piece in stream:
                 answer += piece
-                output.write(piece)
+                output.write(_printable(piece))
                 output.flush()
         except KeyboardInterrupt:
             stream.close()
@@ -178,13 +178,21 @@ def _history(session: ChatSession, output: TextIO) -> None:
 def _shown(content: str | Sequence[dict]) -> str:
     """A message's content in one piece of text, images by their names."""
     if isinstance(content, str):
-        return content
+        return _printable(content)
     names = [
         f"[{part['image']}] " if isinstance(part["image"], (str, Path)) else "[an image] "
         for part in content
         if part["type"] == "image"
     ]
-    return "".join(names) + "".join(part["text"] for part in content if part["type"] == "text")
+    return "".join(names) + _printable("".join(part["text"] for part in content if part["type"] == "text"))
+
+
+def _printable(text: str) -> str:
+    """Leave out what a terminal would obey: a model or a server could have it write into the clipboard."""
+    return text.translate(_CONTROL_CHARACTERS)
+
+
+_CONTROL_CHARACTERS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\n"), ord("\t")})
 
 
 def _stats(session: ChatSession, output: TextIO) -> None:

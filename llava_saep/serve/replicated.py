@@ -104,7 +104,7 @@ class ReplicatedAnswerStream(AnswerStream):
         while not self._has_ended:
             received = None
             with self._replaced_replica():
-                received = next(self._responses, None)
+                received = next(self._responses)
             if isinstance(received, str):
                 self._last = time.monotonic()
                 self._first = self._last if self._num_pieces == 0 else self._first
@@ -124,7 +124,7 @@ class ReplicatedAnswerStream(AnswerStream):
 
         try:
             yield
-        except (RequestCancelledError, ray.exceptions.TaskCancelledError):
+        except (RequestCancelledError, ray.exceptions.TaskCancelledError, StopIteration):
             self._has_ended = True
         except (BackPressureError, DeploymentUnavailableError) as error:
             self._has_ended = True

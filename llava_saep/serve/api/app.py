@@ -182,17 +182,18 @@ async def _whole_answer(answering: Answering, form: CompletionForm) -> Response:
 
 async def _events(answering: Answering, form: CompletionForm, *, includes_usage: bool) -> AsyncIterator[bytes]:
     """An answer as server-sent events. What goes wrong now can only be told in the stream, which then has no end."""
-    yield event(form.chunk({"role": "assistant", "content": ""}))
+    no_usage = {"usage": None} if includes_usage else {}  # OpenAI's chunks have the field then, all of them
+    yield event(form.chunk({"role": "assistant", "content": ""}) | no_usage)
     try:
         async for piece in answering.pieces():
-            yield event(form.chunk({"content": piece})) if piece else KEEP_ALIVE
+            yield event(form.chunk({"content": piece}) | no_usage) if piece else KEEP_ALIVE
         statistics, reason = await answering.finish()
     except Exception:
         error_id = secrets.token_hex(6)
         logger.exception("internal error %s", error_id)
         yield event(internal_error(error_id).body)
         return
-    yield event(form.chunk({}, reason=reason))
+    yield event(form.chunk({}, reason=reason) | no_usage)
     if includes_usage:
         yield event(form.usage_chunk(statistics))
     yield DONE

@@ -22,6 +22,8 @@ _STEP_SECONDS = 5.0
 _MAX_REDIRECTS = 3
 _TRANSLATED_NETWORK = IPv6Network("64:ff9b::/96")
 """NAT64: these IPv6 addresses lead to the IPv4 address in their last four bytes, private ones too."""
+_GLOBAL_UNICAST = IPv6Network("2000::/3")
+"""Of IPv6, all that was ever given to anyone; Python takes deprecated kinds for global too, such as fec0::1."""
 
 
 def resolve(host: str) -> list[str]:
@@ -142,4 +144,6 @@ def is_public(address: IPv4Address | IPv6Address) -> bool:
             inner = IPv4Address(int(address) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(inner)
+        if address not in _GLOBAL_UNICAST:
+            return False
     return address.is_global and not address.is_multicast

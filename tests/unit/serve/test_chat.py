@@ -215,3 +215,14 @@ def test_engine_flags_become_settings():
     assert engine_settings_from(parse(given)) == expected
     with pytest.raises(UserError, match="needs --kv-cache static"):
         engine_settings_from(parse(["--model-path", "m", "--compile"]))
+
+
+def test_terminal_obeys_no_answer(session, monkeypatch):
+    """Escape sequences can write into the clipboard, or show a prompt that is none."""
+    pieces = ["a\x1b]52;c;", "eA==\x07b\x9b2J\r\x7f", "\tc\n\u00e9\u4e2d"]
+    monkeypatch.setattr(session.engine, "stream", lambda messages, options: RecordedAnswer(pieces))
+    output = io.StringIO()
+    assert session.ask("Well?", output) == "".join(pieces)
+    run_command(session, "/history", output)
+    assert "a]52;c;eA==b2J\tc\n\u00e9\u4e2d\n" in output.getvalue()
+    assert not set(output.getvalue()) & set("\x1b\x07\x9b\r\x7f")

@@ -77,6 +77,11 @@ def test_answer_that_has_begun_is_not_begun_again(accepted):
     assert list(stream) == []
 
 
+def test_answer_that_comes_without_its_end_ends(accepted):
+    stream = stream_of(Responses(accepted, "hel"))
+    assert list(stream) == ["hel"] and stream.statistics.finish_reason == "cancelled"
+
+
 def test_question_that_ends_every_replica_is_given_up():
     with pytest.raises(RuntimeError, match="is gone"):
         stream_of(*(Responses(died()) for _ in range(4)))
