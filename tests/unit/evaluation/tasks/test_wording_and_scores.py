@@ -1,6 +1,7 @@
 """What each benchmark asks, word for word, and scores that were worked out by hand."""
 
 import json
+import math
 import statistics
 from collections import Counter
 from statistics import NormalDist
@@ -438,6 +439,21 @@ def test_mmvet_scores_are_read(reply, score):
 )
 def test_llava_bench_points_are_read(reply, points):
     assert llava_bench.parse_points(reply) == points
+
+
+def test_llava_bench_rounds_means_before_it_divides_as_llava_does():
+    summary = llava_bench.summarize_points([{"tuple": [1, 10]}, {"tuple": [1, 10]}, {"tuple": [2, 9]}], "file")["all"]
+    assert summary.line_numbers == (725.2, 13.3, 96.7)  # 9.667 / 1.333; unrounded means give 725.0
+
+
+def test_llava_bench_has_no_relative_score_where_the_reference_has_no_points():
+    summary = llava_bench.summarize_points([{"tuple": [0, 10]}], "file")["all"]
+    assert math.isnan(summary.line_numbers[0]) and summary.line_numbers[1:] == (0, 100)
+
+
+@pytest.mark.parametrize("pair", [5, [1], ["8", "6"], [1, 2, 3], {"a": 1}])
+def test_damaged_points_of_a_review_are_none(pair):
+    assert not llava_bench.has_points({"tuple": pair})
 
 
 def test_llava_bench_leaves_unanswered_questions_and_failed_reviews_out_and_counts_them(ask):
