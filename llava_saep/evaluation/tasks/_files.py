@@ -149,14 +149,20 @@ def read_task_questions(path: Path, image_folder: Path) -> list[TaskQuestion]:
 
 
 def write_json(path: Path, content: Any, indent: int | None = None) -> Path:
-    """Write a JSON file, folders included, and return its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=indent), encoding="utf-8")
-    return path
+    """Write a JSON file, folders included, and return its path; errors as `_write_text`."""
+    return _write_text(path, json.dumps(content, indent=indent))
 
 
 def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> Path:
-    """Write one JSON object per line, folders included, and return the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    """Write one JSON object per line, folders included, and return the path; errors as `_write_text`."""
+    return _write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def _write_text(path: Path, text: str) -> Path:
+    """Raise UserError where the file cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error}); name another place") from error
     return path

@@ -120,8 +120,9 @@ def summarize_points(lines: Iterable[Mapping[str, Any]], place: str) -> dict[str
     readable = [line for line in lines if has_points(line)]
     if not readable:
         raise UserError(f"{place}: no review holds points")
+    of_a_kind = [line for line in readable if "category" in line]
     points: dict[str, list[tuple[float, float]]] = {OVERALL: [tuple(_points(line) or ()) for line in readable]}
-    points |= grouped((line["category"] for line in readable if "category" in line), map(_points, readable))
+    points |= grouped((str(line["category"]) for line in of_a_kind), map(_points, of_a_kind))
     return {
         category: PointsSummary(
             *(round(sum(column) / len(pairs), 3) for column in zip(*pairs, strict=True)), len(pairs)

@@ -71,6 +71,25 @@ def test_pairs_compare_equal_seeds_and_equal_questions(runs, recipe):
     assert pair.p_value is None  # two models on a side
 
 
+@pytest.mark.parametrize("name", ["answers.jsonl", "answers_blind.jsonl"])
+def test_question_that_one_run_lacks_counts_for_none_and_is_told(runs, recipe, tmp_path, name):
+    path = runs[-2].folder / "evaluation" / name
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    results = collect(runs, recipe, "bad")
+    assert (len(results.questions), results.num_excluded) == (7, 1)
+    assert all(len(one.correct) == 7 for entry in results.entries for one in entry.finished)
+    written = write_report(results, FACTS, tmp_path, recipe.image_folder, num_examples=0)
+    for kind in ("page", "table"):
+        assert "1 further questions could not be put to every model and count for none" in written[kind].read_text()
+
+
+def test_tables_have_as_many_cells_as_columns_where_no_question_is_left(runs, recipe):
+    for run in runs[:-1]:
+        (run.folder / "evaluation" / "answers.jsonl").write_text("")
+    header, rows = accuracy_table(collect(runs, recipe, "bad"))
+    assert {len(row) for row in rows} == {len(header)}
+
+
 def test_single_models_have_mcnemars_test(runs, recipe):
     single = [run for run in runs if run.seed == 0 and run.label != "torn"]
     [pair] = collect(single, recipe, "good").differences

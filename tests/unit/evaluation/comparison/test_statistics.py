@@ -104,6 +104,12 @@ def test_bootstrap_knows_that_answers_about_one_image_go_together():
     assert high - low == pytest.approx(2 * 1.96 * math.sqrt(share * (1 - share) / 100), rel=0.08)
 
 
+def test_bootstrap_is_of_shares_where_images_have_unequal_numbers_of_questions():
+    """Whatever is drawn, one side is right everywhere and the other nowhere."""
+    right = np.ones((1, 6), dtype=bool)
+    assert paired_bootstrap(right, ~right, [0, 1, 1, 1, 1, 2]) == (1.0, 1.0)
+
+
 def test_bootstrap_of_equal_answers_is_nothing_and_repeats_itself():
     correct = np.array([[True, False, True, True]])
     assert paired_bootstrap(correct, correct, [0, 0, 1, 2]) == (0.0, 0.0)

@@ -9,6 +9,7 @@ import pytest
 
 from llava_saep.errors import UserError
 from llava_saep.evaluation.tasks import EmbeddedImage, JudgedTask, find_task, select_tasks, task_names
+from llava_saep.evaluation.tasks._files import write_json, write_json_lines
 from tests.fixtures.benchmarks import answers_to, write_sample
 
 SPLITS = [(name, split) for name in task_names() for split in find_task(name).splits]
@@ -189,6 +190,13 @@ def test_damaged_files_end_in_one_sentence_and_never_in_a_traceback(sample, spli
                 refused += 1
         path.write_text(text)
     assert refused or task.name.startswith("mmbench")
+
+
+@pytest.mark.parametrize("write", [write_json, write_json_lines])
+def test_place_that_cannot_be_written_to_is_said(tmp_path, write):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="upload.json: cannot be written .*; name another place"):
+        write(tmp_path / "file" / "upload.json", [{}])
 
 
 def test_tasks_are_selected_by_name_and_split():
