@@ -101,7 +101,10 @@ def test_fingerprint_of_answers_follows_what_changes_them_and_nothing_else():
         fingerprint=model.fingerprint,
     )
     assert same.answers_fingerprint(OPTIONS) == model.answers_fingerprint(OPTIONS)
+    padding = load(TINY_MODEL)
+    padding.predictor.processor.image_aspect_ratio = "another"
     variants = [
+        padding.answers_fingerprint(OPTIONS),
         model.answers_fingerprint(OPTIONS),
         model.answers_fingerprint(GenerationOptions(max_new_tokens=7)),
         model.answers_fingerprint(GenerationOptions(max_new_tokens=6, temperature=0.2)),

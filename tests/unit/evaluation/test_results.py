@@ -8,6 +8,7 @@ from llava_saep.errors import UserError
 from llava_saep.evaluation.results import (
     SCHEMA,
     circumstances,
+    collect_results,
     command_line,
     metric_rows,
     read_result,
@@ -89,6 +90,12 @@ def test_results_are_read_back_as_they_were_written(tmp_path):
     assert read_result(tmp_path / "pope" / "result.json") == {"schema": SCHEMA, **entry()}
     write_overview(tmp_path, {"pope": entry()})
     assert json.loads((tmp_path / "results.json").read_text()) == {"schema": SCHEMA, "results": {"pope": entry()}}
+
+
+def test_overview_is_of_one_model(tmp_path):
+    write_result(tmp_path / "pope", entry())
+    write_result(tmp_path / "gqa", entry("gqa", model={"id": "m", "fingerprint": "of other weights"}))
+    assert list(collect_results(tmp_path, "f")) == ["pope"]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"schema": "llava-saep-results/0"}', f'{{"schema": "{SCHEMA}"}}'])
