@@ -5,6 +5,7 @@ from starlette.testclient import TestClient
 
 from llava_saep.commands.serve import _settings, build_parser
 from llava_saep.serve.api import ApiSettings, create_app
+from llava_saep.serve.limits import Limits
 from tests.fixtures.requests import ask, question, refused
 
 
@@ -42,7 +43,8 @@ def test_only_servers_without_keys_on_loopback_need_it(flags, key, local, monkey
     (tmp_path / "keys").write_text(key)
     flags = [*flags.split(), *(["--api-key-file", str(tmp_path / "keys")] if key else [])]
     monkeypatch.delenv("LLAVA_SAEP_API_KEY", raising=False)
-    assert _settings(build_parser().parse_args(["--model-path", "x", *flags])).local_names_only == local
+    args = build_parser().parse_args(["--model-path", "x", *flags])
+    assert _settings(args, Limits(), None).local_names_only == local
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
