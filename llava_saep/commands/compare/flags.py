@@ -75,7 +75,9 @@ def _check_questions(arguments: argparse.Namespace) -> None:
     given = [flag for flag, value in what.items() if value is not None]
     if arguments.model_path and len(given) != 1:
         raise UserError("--model-path needs either --question-file or --task")
+    what |= {"--image-folder": arguments.image_folder, "--max-new-tokens": arguments.max_new_tokens}
+    given = [flag for flag, value in what.items() if value is not None]
     if arguments.projectors and given:
-        raise UserError(f"{given[0]} belongs to --model-path; with --projectors the recipe names the questions")
+        raise UserError(f"{given[0]} belongs to --model-path; with --projectors the recipe says what is asked, and how")
     if arguments.task is None and arguments.limit is not None:
         raise UserError("--limit is for benchmarks (--task)")

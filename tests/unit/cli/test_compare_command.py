@@ -34,6 +34,8 @@ from tests.fixtures.tiny import write_bases, write_image
         ("--model-path a --task pope --question-file q", "--model-path needs either"),
         ("--model-path a --task pop", "Did you mean 'pope'"),
         ("--model-path a --question-file q --limit 3", "--limit is for benchmarks"),
+        ("--projectors saep --max-new-tokens 5", "--max-new-tokens belongs to --model-path"),
+        ("--projectors saep --image-folder images", "--image-folder belongs to --model-path"),
         ("--projectors saep --task pope", "--task belongs to --model-path"),
         ("--model-path a b", "--model-path needs either --question-file or --task"),
         ("--projectors saep --device gpu9", "--device gpu9: expected cpu"),

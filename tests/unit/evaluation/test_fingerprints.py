@@ -27,6 +27,16 @@ def test_fingerprint_of_a_model_follows_its_weights_and_configs(tmp_path):
     assert len({before, changed, model_fingerprint(folder)}) == 3
 
 
+def test_files_that_change_their_names_or_their_border_are_another_model(tmp_path):
+    for folder, contents in (("a", ("12", "3")), ("b", ("1", "23"))):
+        (tmp_path / folder).mkdir()
+        for number, content in enumerate(contents):
+            (tmp_path / folder / f"model-{number}.safetensors").write_text(content)
+    first, second = model_fingerprint(tmp_path / "a"), model_fingerprint(tmp_path / "b")
+    (tmp_path / "a" / "model-1.safetensors").rename(tmp_path / "a" / "model-2.safetensors")
+    assert len({first, second, model_fingerprint(tmp_path / "a")}) == 3
+
+
 def test_change_in_the_middle_of_a_large_file_shows(tmp_path, monkeypatch):
     """Of large files a part of each stretch is read; a trained projector is longer than a stretch."""
     monkeypatch.setattr(fingerprints, "_WHOLE_FILE_BYTES", 1000)

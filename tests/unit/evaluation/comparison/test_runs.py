@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from llava_saep.errors import UserError
-from llava_saep.evaluation.comparison import runs
+from llava_saep.evaluation.comparison import runs, steps
 from llava_saep.evaluation.comparison.choice import parse_choices
 from llava_saep.evaluation.comparison.recipe import Stage
 from llava_saep.evaluation.comparison.runs import Run, Runner, claimed, training_runs
@@ -69,6 +69,16 @@ def test_finished_steps_are_kept_and_failed_ones_tried_again(tmp_path, runner):
     assert mended.failure is None and not mended.open_steps
     runner.do([mended])
     assert first.read_text() == second.read_text() == "done\n"
+
+
+def test_stage_that_was_broken_off_begins_anew(tmp_path, runner, monkeypatch):
+    """The training program would go on from a checkpoint in its folder, with another order of batches behind it."""
+    monkeypatch.setattr(Runner, "_wait_for", lambda self, step, folder: 1)
+    run = make_run(tmp_path, "a", Step(name="stage1", function=steps.train))
+    for name in ("stage1", "other"):
+        (run.folder / name / "checkpoint-1").mkdir(parents=True)
+    runner.do_step(run, run.steps[0])
+    assert not (run.folder / "stage1").exists() and (run.folder / "other" / "checkpoint-1").is_dir()
 
 
 def test_a_record_holds_facts_and_costs(tmp_path, runner):
