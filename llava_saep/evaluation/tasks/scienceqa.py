@@ -95,14 +95,18 @@ def _outcome(
     problem_id: str, problem: Mapping[str, Any], answer: Answer | None, letters: Sequence[str], place: str
 ) -> ScienceOutcome:
     answer = answer or Answer(question_id=problem_id, text=FAILED, prompt=UNANSWERED_PROMPT)
-    letter = parse_option(answer.text, letters)
+    letter, truth = parse_option(answer.text, letters), required(problem, "answer", place, int)
+    if not 0 <= truth < len(letters):
+        raise UserError(
+            f"{place}: the right choice is number {truth}, which none of the letters {''.join(letters)} means"
+        )
     return ScienceOutcome(
         problem_id=problem_id,
         prompt=answer.prompt,
         prediction=answer.text,
         letter=letter,
         index=option_index(letter, len(required(problem, "choices", place, list)), letters),
-        truth=required(problem, "answer", place, int),
+        truth=truth,
     )
 
 

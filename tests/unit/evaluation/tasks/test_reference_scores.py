@@ -124,6 +124,12 @@ def test_scienceqa_scores_equal_llavas():
     assert round(100 * sum(with_image) / len(with_image), 2) == share
 
 
+def test_scienceqa_refuses_fewer_letters_than_right_choices_need():
+    problems, ids = scienceqa.read_problems(INPUTS / "sqa", "test")
+    with pytest.raises(UserError, match="problem .*: the right choice is number 2, which none of the letters AB means"):
+        scienceqa.judge_problems(problems, ids, {}, "problems.json", "AB")
+
+
 def test_gqa_predictions_equal_llavas():
     records = gqa.prediction_records(read_answers(INPUTS / "gqa" / "merge.jsonl"))
     assert records == REFERENCE["gqa_convert"]["output"]
