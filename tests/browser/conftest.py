@@ -36,13 +36,24 @@ def models_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def demo(models_folder, tmp_path_factory):
-    log = tmp_path_factory.mktemp("demo") / "log"
+def demo_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.fixture(scope="session")
+def demo(models_folder, demo_folder):
+    log = demo_folder / "log"
     flags = ["--models-dir", str(models_folder), "--model-path", str(models_folder / "answers")]
     flags += ["--temperature", "0", "--max-requests-per-minute", "1000", "--max-image-pixels", "4000000"]
     with demo_server(flags, log) as address:
         yield address
     assert "Traceback" not in log.read_text()
+
+
+@pytest.fixture(scope="session")
+def likes(demo_folder):
+    """Where the demo writes likes when no flag names a file."""
+    return demo_folder / "demo_likes.jsonl"
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ PHONE = {"width": 390, "height": 844}
 
 @contextlib.contextmanager
 def demo_server(flags: Sequence[str], log: Path) -> Iterator[str]:
-    """Run `llava-saep demo`; yields its address, such as http://127.0.0.1:12345."""
+    """Run `llava-saep demo` in the folder of its log; yields its address, such as http://127.0.0.1:12345."""
     command = [sys.executable, "-m", "llava_saep.cli", "demo", "--port", "0", "--device", "cpu", *flags]
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -25,6 +25,7 @@ def demo_server(flags: Sequence[str], log: Path) -> Iterator[str]:
             stdout=subprocess.PIPE,
             stderr=file,
             text=True,
+            cwd=log.parent,
             env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         )
         try:

@@ -1,5 +1,6 @@
 """The demo as a person uses it: pictures, questions, streaming, stopping, going back, and coming back."""
 
+import json
 import re
 
 import pytest
@@ -48,6 +49,15 @@ def test_answer_streams_and_stopping_ends_the_models_work(page, picture):
     page.stop_button.click()
     page.wait_for_answers(2)
     assert "waited" not in page.statistics[1]
+
+
+def test_likes_are_there_without_a_flag_and_are_written(page, likes):
+    page.ask("Is it good?")
+    page.wait_for_answers(1)
+    page.page.locator("#chat button[aria-label='Like']").last.click()
+    assert "Whoever runs this page will find it" in page.warning()
+    (line,) = [json.loads(line) for line in likes.read_text().splitlines()]
+    assert line["liked"] is True and line["messages"][1]["content"] == ANSWER
 
 
 def test_regenerate_undo_edit_and_clear(page, picture):

@@ -12,9 +12,9 @@ import gradio as gr
 
 from llava_saep.errors import UserError
 from llava_saep.generation import GenerationOptions
-from llava_saep.serve.demo.conversation import Conversation
+from llava_saep.serve.demo.conversation import Conversation, whole_characters
 from llava_saep.serve.demo.examples import write_examples
-from llava_saep.serve.demo.history import Visitor, is_token, new_token
+from llava_saep.serve.demo.history import QUESTION_SECONDS, Visitor, is_token, new_token
 from llava_saep.serve.demo.question_editor import QuestionEditor
 from llava_saep.serve.demo.rows import ChatRows, chat_rows
 from llava_saep.serve.demo.seen_panel import SeenPanel
@@ -24,6 +24,7 @@ from llava_saep.serve.demo.turns import Turn, Turns
 
 ACCEPTED_FILES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"]
 _PLACEHOLDER = "Ask about a picture: drop, paste or attach one, or several."
+_THANKS = "Whoever runs this page will find it, with the chat up to this answer."
 _NUM_OUTPUTS = 6
 """Of each event that shows a chat: see `_shown`."""
 
@@ -160,13 +161,13 @@ class ChatSection:
         """Bring the visitor's chats back when the page is loaded, and stop the model when it is left."""
         shown = [self.conversation, self.chatbot, self.question, self.stop, self.chats.chats, self.browser]
         page.load(self.restore, [self.browser], shown, **_QUIET)
-        page.unload(self.stop_answer)
+        page.unload(self.leave_page)
 
     # What the events do
 
     def ask(
         self,
-        question: dict[str, Any],
+        question: dict[str, Any] | None,
         conversation: Conversation,
         browser: Any,
         model_id: str | None,
@@ -177,16 +178,18 @@ class ChatSection:
         request: gr.Request,
     ) -> Iterator[list[Any]]:
         """Put a question with its pictures, and stream the answer."""
+        question = question or {}
         browser, visitor = self._visitor(browser, request)
         conversation = conversation if conversation.chat_id else Conversation.new()
+        typed = {"text": whole_characters(question.get("text") or ""), "files": question.get("files") or []}
         try:
-            asked = self._with_question(question, conversation, visitor)
+            self.services.check_rate(request)
+            asked = self._with_question(typed, conversation, visitor)
         except Exception as error:  # every kind becomes a message
             gr.Warning(as_html(told(error)), title="Not asked")
             yield self._shown(conversation, visitor, browser, question=gr.skip())
             return
         controls = (system, temperature, top_p, max_new_tokens)
-        typed = {"text": question.get("text") or "", "files": question.get("files") or []}
         yield from self._answered(asked, conversation, visitor, browser, model_id, controls, request, typed=typed)
 
     def retry(
@@ -235,7 +238,10 @@ class ChatSection:
         yield from self._answered(asked, conversation, visitor, browser, model_id, controls, request)
 
     def undo(self, conversation: Conversation, browser: Any, request: gr.Request) -> list[Any]:
-        """Take the last question and its answer back; its words and pictures return to the field."""
+        """Take the last question and its answer back, also one that is being written; the words return to the field."""
+        turn = self._leave(request, is_kept=False)
+        if turn is not None and turn.conversation is not None:
+            conversation = turn.conversation
         browser, visitor = self._visitor(browser, request)
         before, question = conversation.before_last_question()
         if question is None:
@@ -245,7 +251,10 @@ class ChatSection:
         except UserError as error:
             gr.Warning(as_html(told(error)))
             files = []
-        visitor.save(before) if before.messages else visitor.delete(before.chat_id)
+        if before.messages:
+            visitor.save(before)
+        else:  # its pictures are on their way to the field
+            visitor.delete(before.chat_id, min_age_seconds=QUESTION_SECONDS)
         return self._shown(before, visitor, browser, question={"text": question.text, "files": files})
 
     def start_anew(self, conversation: Conversation, browser: Any, request: gr.Request) -> list[Any]:
@@ -289,6 +298,8 @@ class ChatSection:
             place = self._place_of(opinion.index, conversation, visitor)
             judged = conversation.with_opinion(place, liked)
             self.services.feedback.append(judged, place, liked, visitor.pictures)
+            if liked is not None:
+                gr.Info(_THANKS, title="Noted", duration=5)
         except Exception as error:  # every kind becomes a message
             gr.Warning(as_html(told(error)), title="Not noted")
             return conversation
@@ -311,7 +322,11 @@ class ChatSection:
         return [{"text": question.get("text") or "", "files": [*(question.get("files") or []), photo]}, None]
 
     def stop_answer(self, request: gr.Request) -> None:
-        """Stop the answer that is being written for this page."""
+        """Stop the answer that is being written in this page's chat."""
+        self.services.stop(request, "chat")
+
+    def leave_page(self, request: gr.Request) -> None:
+        """Stop all that is being written for a page that is closed."""
         self.services.stop(request)
 
     # Steps
@@ -356,14 +371,15 @@ class ChatSection:
         system, temperature, top_p, max_new_tokens = controls
         text, statistics = "", None
         try:
-            self.services.check_rate(request)
+            if typed is None:  # a new question has been counted before its pictures were taken
+                self.services.check_rate(request)
             options = GenerationOptions(
                 temperature=float(temperature), top_p=float(top_p), max_new_tokens=int(max_new_tokens)
             )
             asked = dataclasses.replace(asked, system=self._system(system, model_id))
             yield self._writing(asked, visitor, text, clears_field=typed is not None)
             with self.services.decoded(asked, visitor) as messages:
-                for partial in self.services.answer(model_id, messages, options, request):
+                for partial in self.services.answer(model_id, messages, options, request, "chat"):
                     text, statistics = partial
                     yield self._writing(asked, visitor, text)
         except GeneratorExit:
@@ -371,6 +387,7 @@ class ChatSection:
             raise
         except Exception as error:  # every kind becomes a message
             gr.Warning(as_html(told(error)), title="Not answered", duration=15)
+            turn.conversation = before
             kept = self._keep(turn, asked, visitor, text, model_id, None) if text else before
             yield self._shown(kept, visitor, browser, question=typed if typed and not text else gr.skip())
             return
@@ -382,31 +399,29 @@ class ChatSection:
         fields = None
         if statistics is not None:
             fields = {**dataclasses.asdict(statistics), "tokens_per_second": statistics.tokens_per_second}
-        answered = asked.with_answer(text, model_id or "", fields)
+        turn.conversation = answered = asked.with_answer(text, model_id or "", fields)
         if turn.is_kept:
             visitor.save(answered)
             self.services.history.make_room(visitor)
         return answered
 
-    def _leave(self, request: gr.Request, *, is_kept: bool = True) -> None:
-        """Stop what is being written, since another chat will be shown; it is saved first, unless its chat goes."""
+    def _leave(self, request: gr.Request, *, is_kept: bool = True) -> Turn | None:
+        """Stop what is being written, since something else will be shown; it is saved first where it is kept."""
         turn = self.turns.leave(request.session_hash or "", is_kept=is_kept)
-        self.services.stop(request)
+        self.services.stop(request, "chat")
         self.turns.wait_for(turn)
+        return turn
 
-    def _with_question(self, question: dict[str, Any], conversation: Conversation, visitor: Visitor) -> Conversation:
-        files = question.get("files") or []
-        limits = self.services.settings.limits
-        if len(files) > limits.max_images_per_message:
-            raise UserError(
-                f"{len(files)} pictures at once; at most {limits.max_images_per_message} go with a question."
-            )
-        names = tuple(visitor.pictures.add_upload(path) for path in files)
-        return conversation.with_question(question.get("text") or "", names)
+    def _with_question(self, typed: dict[str, Any], conversation: Conversation, visitor: Visitor) -> Conversation:
+        return conversation.with_question(typed["text"], self.services.add_uploads(typed["files"], visitor))
 
     def _system(self, system: str, model_id: str | None) -> str:
         """The system prompt, where the chosen model's template has a place for one."""
-        return (system or "").strip() if self.services.catalog.engine(model_id).description.takes_system else ""
+        return (
+            whole_characters(system or "").strip()
+            if self.services.catalog.engine(model_id).description.takes_system
+            else ""
+        )
 
     def _place_of(self, index: int | list[int] | tuple[int, ...], conversation: Conversation, visitor: Visitor) -> int:
         """The place in the conversation of a row of the chatbot, which the browser names."""

@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -15,7 +16,7 @@ from llava_saep.errors import UserError
 from llava_saep.generation import AnswerStatistics, GenerationOptions
 from llava_saep.generation.messages import Message
 from llava_saep.serve.demo.chat_section import ACCEPTED_FILES, Controls
-from llava_saep.serve.demo.conversation import Conversation
+from llava_saep.serve.demo.conversation import Conversation, whole_characters
 from llava_saep.serve.demo.history import Visitor
 from llava_saep.serve.demo.services import ChatParts, DemoServices
 from llava_saep.serve.demo.text import as_html, told
@@ -127,15 +128,14 @@ class CompareSection:
     ) -> Iterator[list[Any]]:
         """Put a question to both models, and stream both answers."""
         try:
-            pictures = self.services.visitor(browser, request).pictures
-            names = tuple(pictures.add_upload(path) for path in question.get("files") or [])
+            options = self._checked((left, right), (temperature, top_p, max_new_tokens), request)
+            names = self.services.add_uploads(question.get("files") or [], self.services.visitor(browser, request))
             conversation = Conversation.new().with_question(question.get("text") or "", names)
         except Exception as error:  # every kind becomes a message
             gr.Warning(as_html(told(error)), title="Not asked")
             yield [gr.skip()] * _NUM_OUTPUTS
             return
-        decoding = (temperature, top_p, max_new_tokens)
-        yield from self._answered(conversation, (left, right), browser, system, decoding, request)
+        yield from self._answered(conversation, (left, right), browser, system, options, request)
 
     def ask_as_in_chat(
         self,
@@ -151,17 +151,20 @@ class CompareSection:
     ) -> Iterator[list[Any]]:
         """Put the chat's last question to both models, with all that was said before it."""
         before, question = conversation.before_last_question()
-        if question is None:
-            gr.Warning("The chat has no question yet.", title="Not asked")
+        try:
+            if question is None:
+                raise UserError("The chat has no question yet.")
+            options = self._checked((left, right), (temperature, top_p, max_new_tokens), request)
+        except Exception as error:  # every kind becomes a message
+            gr.Warning(as_html(told(error)), title="Not asked")
             yield [gr.skip()] * _NUM_OUTPUTS
             return
         asked = before.with_question(question.text, question.pictures)
-        decoding = (temperature, top_p, max_new_tokens)
-        yield from self._answered(asked, (left, right), browser, system, decoding, request)
+        yield from self._answered(asked, (left, right), browser, system, options, request)
 
     def stop_both(self, request: gr.Request) -> None:
-        """Stop what is being written for this page."""
-        self.services.stop(request)
+        """Stop what both are writing."""
+        self.services.stop(request, "compare")
 
     # Steps
 
@@ -171,21 +174,20 @@ class CompareSection:
         models: tuple[str | None, str | None],
         browser: Any,
         system: str | None,
-        decoding: tuple[float, float, float],
+        options: GenerationOptions,
         request: gr.Request,
     ) -> Iterator[list[Any]]:
         """Stream both answers; an error of one model is shown in its column, and the other goes on."""
         sides = [_Side(model_id or "") for model_id in models]
         asked = None
         try:
-            options = self._checked(models, decoding, request)
             visitor = self.services.visitor(browser, request)
             with self.services.decoded(conversation, visitor) as messages:
                 asked = _Asked(messages, options, request)
                 yield self._begun(conversation, visitor, sides)
                 for _ in self._load(sides):
                     yield self._going_on(sides)
-                for _ in self._both(sides, asked, (system or "").strip()):
+                for _ in self._both(sides, asked, whole_characters(system or "").strip()):
                     yield self._going_on(sides)
         except Exception as error:  # every kind becomes a message
             gr.Warning(as_html(told(error)), title="Not asked", duration=15)
@@ -242,7 +244,8 @@ class CompareSection:
         """Let one model answer; runs in a thread of its own, and says in `news` whether it has ended."""
         try:
             messages = self._with_system(asked.messages, side.model_id, system)
-            for partial in self.services.answer(side.model_id, messages, asked.options, asked.request):
+            options, request = asked.options, asked.request
+            for partial in self.services.answer(side.model_id, messages, options, request, "compare"):
                 side.text, side.statistics, side.state = partial.text, partial.statistics, "writing"
                 news.put(False)
                 if asked.cancelled.is_set():  # the visitor has left
@@ -260,7 +263,7 @@ class CompareSection:
 
     def _begun(self, conversation: Conversation, visitor: Visitor, sides: Sequence[_Side]) -> list[Any]:
         """Outputs when a question has been taken."""
-        thumbnails = "".join(_thumbnail(visitor.pictures.open(name)) for name in conversation.pictures)
+        thumbnails = "".join(_thumbnail(visitor.pictures.preview(name)) for name in conversation.pictures)
         text = f"<div class='written'>{as_html(conversation.messages[-1].text)}</div>"
         return [
             {"text": "", "files": []},
@@ -303,11 +306,12 @@ class CompareSection:
         return names[place] if place < len(names) else None
 
 
-def _thumbnail(picture: Image.Image) -> str:
+def _thumbnail(preview: Path) -> str:
     """A small picture inside HTML."""
-    picture.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
     file = io.BytesIO()
-    picture.save(file, format="PNG")
+    with Image.open(preview) as picture:
+        picture.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+        picture.save(file, format="PNG")
     data = base64.b64encode(file.getvalue()).decode()
     return f"<img alt='picture of the question' src='data:image/png;base64,{data}'>"
 

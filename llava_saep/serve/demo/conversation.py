@@ -33,6 +33,11 @@ class ChatMessage:
     liked: bool | None = None
 
 
+def whole_characters(text: str) -> str:
+    """Replace halves of characters, which JSON can hold and a text cannot; a field that is full may cut one."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def shortened(text: str) -> str:
     """The beginning of a text, on one line."""
     line = " ".join(text.split())
@@ -81,7 +86,7 @@ class Conversation:
         """
         if not text.strip() and not pictures:
             raise UserError("Write a question, or add a picture to ask about.")
-        message = ChatMessage(role="user", text=text.strip(), pictures=pictures)
+        message = ChatMessage(role="user", text=whole_characters(text).strip(), pictures=pictures)
         return dataclasses.replace(self, messages=(*self.messages, message))
 
     def with_answer(self, text: str, model_id: str, statistics: Mapping[str, Any] | None) -> "Conversation":

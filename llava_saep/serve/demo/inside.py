@@ -175,7 +175,7 @@ class InsideSection:
             conversation, visitor = self._asked(question, browser, request)
             options = GenerationOptions(max_new_tokens=self.services.settings.options.max_new_tokens)
             with self.services.decoded(conversation, visitor) as messages:
-                for partial in self.services.answer(model_id, messages, options, request):
+                for partial in self.services.answer(model_id, messages, options, request, "inside"):
                     text, statistics = partial
                     yield [gr.skip(), *self._writing(text)]
                 fields = statistics and {
@@ -201,6 +201,7 @@ class InsideSection:
         """Draw what was chosen."""
         try:
             view = View(piece, picture or 0, part or WHOLE, layers or "all", bool(with_grid), bool(only_above))
+            self.services.uploads.check_room()
             return list(drawn(self.looks.get(name), view))
         except Exception as error:  # every kind becomes a message
             gr.Warning(as_html(told(error)))
@@ -213,7 +214,7 @@ class InsideSection:
         if not files:
             raise UserError("Add a picture: without one there is nothing to look at.")
         visitor = self.services.visitor(browser, request)
-        names = tuple(visitor.pictures.add_upload(path) for path in files)
+        names = self.services.add_uploads(files, visitor)
         return Conversation.new().with_question(question.get("text") or "", names), visitor
 
     def _looked(

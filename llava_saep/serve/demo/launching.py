@@ -87,8 +87,7 @@ def launch(
                 Middleware(
                     Protection,
                     max_request_bytes=limits.max_request_bytes,
-                    upload_folder=Path(os.environ["GRADIO_TEMP_DIR"]),
-                    max_uploads_bytes=services.settings.max_uploads_bytes,
+                    uploads=services.uploads,
                 )
             ]
         },

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import logging
+import os
 import signal
 import threading
 import warnings
@@ -27,6 +28,7 @@ from llava_saep.serve.remote import Endpoint, read_api_key, remote_engines
 logger = logging.getLogger(__name__)
 
 PORT = 7860
+FEEDBACK_FILE = "demo_likes.jsonl"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -68,7 +70,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_storage_flags(parser: AbbreviatingParser) -> None:
-    parser.add_flag("feedback-file", help="JSONL file for likes and dislikes (default: nobody is asked)")
+    parser.add_flag(
+        "feedback-file",
+        default=FEEDBACK_FILE,
+        help="JSONL file that likes and dislikes are appended to (default: %(default)s in the current folder)",
+    )
+    parser.add_flag("no-feedback", action="store_true", help="ask nobody what they think of answers")
     parser.add_flag("feedback-image-folder", help="keep the pictures of judged chats here, named by their SHA-256")
     parser.add_flag("history-dir", help="keep chats here, across restarts (default: until the server ends)")
     parser.add_flag(
@@ -99,11 +106,28 @@ def main(argv: Sequence[str], *, ask_password: Callable[[str], str]) -> int:
     accounts = None if args.auth_file is None else read_accounts(args.auth_file)
     check_access(args, has_authentication=accounts is not None, how_to_authenticate="--auth-file FILE")
     limits_from(args)
+    feedback_file_from(args)
     with bind_socket(args.host, args.port) as taken:  # a port in use is noticed before a model is loaded
         args.port = taken.getsockname()[1]
     catalog = build_catalog(args)
     serve(args, catalog, accounts)
     return 0
+
+
+def feedback_file_from(args: argparse.Namespace) -> Path | None:
+    """Where likes and dislikes go; None: nobody is asked.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    if args.no_feedback:
+        return None
+    path = Path(args.feedback_file)
+    present = next(place for place in (path, *path.absolute().parents) if place.exists())
+    is_right_kind = present.is_file() if present == path else present.is_dir()
+    if not (is_right_kind and os.access(present, os.W_OK)):
+        raise UserError(f"--feedback-file {path}: cannot be written; name another one, or give --no-feedback")
+    return path
 
 
 def build_catalog(args: argparse.Namespace) -> ModelCatalog:
@@ -182,7 +206,7 @@ def serve(args: argparse.Namespace, catalog: ModelCatalog, accounts: dict[str, s
             history_folder=history_folder,
             max_history_bytes=args.max_history_bytes,
             max_uploads_bytes=args.max_uploads_bytes,
-            feedback_file=None if args.feedback_file is None else Path(args.feedback_file),
+            feedback_file=feedback_file_from(args),
             feedback_image_folder=None if args.feedback_image_folder is None else Path(args.feedback_image_folder),
         )
         services = DemoServices(catalog, settings)
@@ -197,6 +221,8 @@ def serve(args: argparse.Namespace, catalog: ModelCatalog, accounts: dict[str, s
             is_allowed=is_allowed,
             opens_browser=args.open_browser,
         )
+        if settings.feedback_file is not None:
+            print(f"Likes and dislikes go to {settings.feedback_file}, with their chats (--no-feedback asks nobody).")
         print(f"The page is at {address} (Ctrl-C ends it).", flush=True)
         try:
             wait_for_the_end()

@@ -74,7 +74,7 @@ def _question_rows(message: ChatMessage, pictures: PictureStore) -> list[dict[st
         try:
             parts.append({"path": str(pictures.preview(name)), "alt_text": "picture of the question"})
         except UserError:
-            parts.append(_text("[picture removed from the server]"))
+            parts.append(_text("[this picture cannot be shown any more]"))
     if message.text:
         parts.append(_text(message.text))
     return [{"role": "user", "content": parts}]

@@ -71,5 +71,9 @@ class SeenPanel:
             raise UserError("This model runs on another server, which does not tell what it sees.")
         pictures = self.services.visitor(browser, request).pictures
         names = next((message.pictures for message in reversed(conversation.messages) if message.pictures), ())
-        processor = engine.predictor.processor
-        return [tuple(seen) for name in names for seen in what_the_model_sees(processor, pictures.open(name))]
+        self.services.uploads.check_room()
+        seen: list[tuple[Any, str]] = []
+        for name in names:
+            with pictures.decoded(name) as picture:
+                seen += [tuple(one) for one in what_the_model_sees(engine.predictor.processor, picture)]
+        return seen

@@ -4,9 +4,10 @@ import dataclasses
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import gradio as gr
 
@@ -19,12 +20,17 @@ from llava_saep.serve.demo.conversation import Conversation
 from llava_saep.serve.demo.feedback import FeedbackFile
 from llava_saep.serve.demo.history import History, Visitor, is_token, new_token
 from llava_saep.serve.demo.pictures import engine_messages
+from llava_saep.serve.demo.protection import UploadRoom
 from llava_saep.serve.demo.settings import DemoSettings
 from llava_saep.serve.limits import check_conversation
 from llava_saep.serve.rate import RequestRate
 
 SECONDS_BETWEEN_UPDATES = 0.08
 """The page is drawn anew this often at most while an answer comes; each time the whole chat is sent."""
+
+
+Section = Literal["chat", "inside", "compare"]
+"""Where on the page an answer is written; each is stopped on its own."""
 
 
 class ChatParts(NamedTuple):
@@ -66,9 +72,9 @@ class DemoServices:
             else FeedbackFile(settings.feedback_file, settings.feedback_image_folder)
         )
         self._rate = RequestRate(settings.limits.max_requests_per_minute)
-        self._running: dict[str, list[AnswerStream]] = {}
+        self.uploads = UploadRoom(settings.working_folder / "uploads", settings.max_uploads_bytes)
+        self._running: dict[tuple[str, Section], list[AnswerStream]] = {}
         self._num_running = 0
-        self._pixels_in_memory = 0
         self._lock = threading.Lock()
 
     def visitor(self, browser: Any, request: gr.Request) -> Visitor:
@@ -90,11 +96,16 @@ class DemoServices:
             raise UserError(f"At most {allowed} questions a minute are answered; ask again in {seconds:.0f} seconds.")
 
     def answer(
-        self, model_id: str | None, messages: list[Message], options: GenerationOptions, request: gr.Request
+        self,
+        model_id: str | None,
+        messages: list[Message],
+        options: GenerationOptions,
+        request: gr.Request,
+        section: Section,
     ) -> Iterator[PartialAnswer]:
         """Ask a model, and yield its answer as far as it has come, some times a second and once at the end.
 
-        The model stops when `stop` is called for the session, or the iterator is closed.
+        The model stops when `stop` is called for this section, or the iterator is closed.
 
         Raises:
             UserError: a limit is exceeded, the model is not loaded, or the engine refuses.
@@ -104,7 +115,7 @@ class DemoServices:
         with self._place(), self.catalog.using(model_id) as engine:
             options = _fitting(options, limits.max_new_tokens, engine.description.context_length)
             stream = engine.stream(messages, options, max_seconds=limits.max_generation_seconds)
-            with self._stoppable(stream, request.session_hash or secrets.token_hex(8)):
+            with self._stoppable(stream, (request.session_hash or secrets.token_hex(8), section)):
                 yield from _paced(stream)
 
     def look_inside(
@@ -130,23 +141,32 @@ class DemoServices:
             UserError: the pictures of all questions would be too many, or one has been removed.
         """
         num_pixels = sum(visitor.pictures.num_pixels(name) for name in conversation.pictures)
-        with self._lock:
-            if self._pixels_in_memory + num_pixels > self.settings.limits.max_pixels_in_memory:
-                raise UserError(
-                    "The pictures of all questions that are being answered fill the server's memory; ask again in a "
-                    "moment, or with smaller pictures."
-                )
-            self._pixels_in_memory += num_pixels
-        try:
+        with self.history.pixels.held(num_pixels):
             yield engine_messages(conversation, visitor.pictures)
-        finally:
-            with self._lock:
-                self._pixels_in_memory -= num_pixels
 
-    def stop(self, request: gr.Request) -> None:
-        """Stop the answers that are being written for a session."""
+    def add_uploads(self, paths: Sequence[str | Path], visitor: Visitor) -> tuple[str, ...]:
+        """Keep the pictures of a question, and return their names; the visitors away longest make room for them.
+
+        Raises:
+            UserError: they are too many, or as `PictureStore.add_upload`.
+        """
+        most = self.settings.limits.max_images_per_message
+        if len(paths) > most:
+            raise UserError(f"{len(paths)} pictures at once; at most {most} go with a question.")
+        names = tuple(visitor.pictures.add_upload(path) for path in paths)
+        if names:
+            self.history.make_room(visitor)
+        return names
+
+    def stop(self, request: gr.Request, section: Section | None = None) -> None:
+        """Stop what is being written for a session, in one section or (None) in all."""
         with self._lock:
-            streams = list(self._running.get(request.session_hash or "", ()))
+            streams = [
+                stream
+                for (session, place), running in self._running.items()
+                if session == request.session_hash and section in (None, place)
+                for stream in running
+            ]
         for stream in streams:
             stream.close()
 
@@ -176,17 +196,17 @@ class DemoServices:
                 self._num_running -= 1
 
     @contextmanager
-    def _stoppable(self, stream: AnswerStream, session: str) -> Iterator[None]:
+    def _stoppable(self, stream: AnswerStream, place: tuple[str, Section]) -> Iterator[None]:
         with self._lock:
-            self._running.setdefault(session, []).append(stream)
+            self._running.setdefault(place, []).append(stream)
         try:
             yield
         finally:
             stream.close()
             with self._lock:
-                self._running[session].remove(stream)
-                if not self._running[session]:
-                    del self._running[session]
+                self._running[place].remove(stream)
+                if not self._running[place]:
+                    del self._running[place]
 
 
 def _fitting(options: GenerationOptions, most: int, context_length: int | None) -> GenerationOptions:

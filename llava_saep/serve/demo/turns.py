@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from llava_saep.errors import UserError
+from llava_saep.serve.demo.conversation import Conversation
 
 _LONGEST_WAIT_SECONDS = 5.0
 
@@ -15,11 +16,13 @@ class Turn:
     Attributes:
         is_left: another chat is shown meanwhile, so that nothing of this one may be shown any more.
         is_kept: what came of it is saved; not so where its chat was deleted.
+        conversation: what came of it, once it has ended; None: nothing.
     """
 
     def __init__(self) -> None:
         self.is_left = False
         self.is_kept = True
+        self.conversation: Conversation | None = None
         self.has_ended = threading.Event()
 
 

@@ -184,3 +184,49 @@ def test_a_second_question_waits_for_the_answer_to_the_first(page, browser):
     refused = visitor.join(visitor.find("question", "submit"), question("Two", browser=browser)).json()["event_id"]
     assert visitor.wait(refused).warnings == ["An answer is being written; stop it, or wait for its end."]
     assert begun and len(page.engine.asked) == 1
+
+
+def test_undo_takes_back_a_question_that_is_being_answered(page, browser):
+    visitor = page.open()
+    visitor.ask("Zero", browser=browser)
+    page.engine.streams.clear()
+    begin(page, visitor, browser)
+    undone = visitor.call(visitor.find("chat", "undo"), [None, browser], {"index": 0, "value": ""})
+    assert page.engine.streams[0].closed.is_set()
+    assert texts(rows_of(undone))[:2] == ["Zero", ANSWER] and undone.last[2]["text"] == "One"
+    (saved,) = page.services.history.visitor(browser["token"]).conversations()
+    assert [message.text for message in saved.messages] == ["Zero", ANSWER]
+
+
+def test_undo_of_an_answer_that_is_written_once_more_takes_its_question_back(page, browser):
+    visitor = page.open()
+    visitor.ask("One", browser=browser)
+    page.engine.streams.clear()
+    page.engine.may_go_on.clear()
+    visitor.join(visitor.find("chat", "retry"), [None, browser, "scripted", *controls()])
+    wait_until(lambda: page.engine.streams)
+    undone = visitor.call(visitor.find("chat", "undo"), [None, browser], {"index": 0, "value": ""})
+    assert rows_of(undone) == [] and undone.last[2]["text"] == "One"
+    assert page.services.history.visitor(browser["token"]).conversations() == []
+
+
+def test_stopping_a_comparison_leaves_the_chat_writing(page, browser):
+    visitor = page.open()
+    begun = begin(page, visitor, browser)
+    stop = {"data": [], "fn_index": visitor.find("compare-stop", "click"), "session_hash": visitor.session}
+    assert visitor.http.post("/gradio_api/run/predict", json=stop).status_code == 200
+    assert not page.engine.streams[0].closed.is_set()
+    page.engine.may_go_on.set()
+    assert texts(rows_of(visitor.wait(begun)))[1] == ANSWER
+
+
+def test_who_likes_an_answer_is_told_who_will_see_it(page, browser):
+    visitor = page.open()
+    visitor.ask("One", browser=browser)
+    like = visitor.find("chat", "like")
+    told = [
+        visitor.call(like, [None, browser], {"index": 1, "value": "", "liked": liked}).warnings
+        for liked in ("Like", "Dislike", None)
+    ]
+    seen_by = "Whoever runs this page will find it, with the chat up to this answer."
+    assert told == [[seen_by], [seen_by], []]

@@ -3,15 +3,18 @@
 import asyncio
 import dataclasses
 import io
+import json
+import os
 import re
+import time
 
 import httpx
 import pytest
 from PIL import Image
 
 from llava_saep.serve.demo.history import new_token
-from llava_saep.serve.demo.protection import Protection
-from tests.fixtures.demo_page import file_data, question, texts
+from llava_saep.serve.demo.protection import Protection, UploadRoom
+from tests.fixtures.demo_page import controls, file_data, question, texts
 
 EVIL = (
     "<img src=http://evil.example/a.png> <script>alert(1)</script> ![x](http://evil.example/b.png) "
@@ -53,9 +56,7 @@ def test_share_links_analytics_and_apis_are_off(page):
     config = visitor.config
     assert config["analytics_enabled"] is False and config["mcp_server"] is False and config["space_id"] is None
     assert all(one["api_visibility"] == "private" for one in config["dependencies"])
-    assert visitor.http.get("/gradio_api/info").json()["named_endpoints"] == {}
     assert visitor.http.get("/gradio_api/mcp/sse").status_code == 404
-    assert visitor.http.get("/monitoring").status_code in (403, 404)
     submit = visitor.find("question", "submit")
     assert visitor.http.post(f"/gradio_api/run/{submit}", json={"data": []}).status_code >= 400
 
@@ -147,20 +148,96 @@ def test_files_and_bodies_above_their_size_are_refused(page, tmp_path):
     assert answer.status_code == 413
 
 
-def test_uploads_end_where_their_room_is_full(page, picture):
-    folder = page.services.settings.working_folder / "uploads"
-    assert page.open().upload(picture).status_code == 200
-    taken = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    limits = {"max_request_bytes": 1, "upload_folder": folder}
-    assert not Protection(None, **limits, max_uploads_bytes=taken)._has_no_room()
-    full = Protection(None, **limits, max_uploads_bytes=taken - 1)
-    sent = []
+def test_uploads_end_where_their_room_is_full(page, browser, picture, monkeypatch):
+    visitor = page.open()
+    uploaded = file_data(visitor.upload(picture).json()[0])
+    visitor.ask("What is this?", uploaded, browser=browser)
+    uploads = page.services.uploads
+    monkeypatch.setattr(uploads, "max_bytes", uploads._count() + 40_000)
+    assert visitor.upload(picture).status_code == 200
+    monkeypatch.setattr(uploads, "max_bytes", uploads._count())
+    refused = visitor.upload(picture)
+    assert refused.status_code == 507 and "no room" in refused.text
 
-    async def send(message):
-        sent.append(message)
 
-    asyncio.run(full({"type": "http", "path": "/gradio_api/upload", "headers": []}, None, send))
-    assert sent[0]["status"] == 507 and b"no room" in sent[1]["body"]
+def test_uploads_that_are_arriving_share_the_room(tmp_path):
+    passed, may_end = [], asyncio.Event()
+
+    async def app(scope, receive, send):
+        passed.append(scope)
+        await may_end.wait()
+
+    async def upload(protection):
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": "http", "path": "/gradio_api/upload", "headers": [(b"content-length", b"60")]}
+        await protection(scope, None, send)
+        return sent
+
+    async def run():
+        protection = Protection(app, max_request_bytes=100, uploads=UploadRoom(tmp_path, 100))
+        first = asyncio.create_task(upload(protection))
+        while not passed:
+            await asyncio.sleep(0.01)
+        second = await upload(protection)
+        may_end.set()
+        await first
+        await upload(protection)
+        return second
+
+    second = asyncio.run(run())
+    assert second[0]["status"] == 507 and len(passed) == 2
+
+
+def test_files_count_at_least_a_block_and_what_broke_off_goes(tmp_path):
+    room = UploadRoom(tmp_path, 100_000)
+    for name in ("tmpabandoned", "a", "b", "tmparriving"):
+        (tmp_path / name).write_bytes(b"x")
+    for name in ("tmpabandoned", "a"):
+        os.utime(tmp_path / name, (time.time() - 3600,) * 2)
+    assert room.has_room_for(0) and not room.has_room_for(2000)  # 3 x 32,768 are taken
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "tmparriving"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    "process_recording deep_link info openapi.json component_server proxy=http://127.0.0.1/ vibe-code call/ask run/ask "
+    "stream/a/1/2/playlist.m3u8 token custom_component/a/b/c/d /monitoring/summary".split(),
+)
+def test_what_the_page_does_not_use_is_not_served(page, picture, path):
+    visitor = page.open()
+    address = path if path.startswith("/") else f"/gradio_api/{path}"
+    with open(picture, "rb") as file:
+        answers = [visitor.http.get(address), visitor.http.post(address, files={"files": ("a.png", file)})]
+    assert [(answer.status_code, answer.text) for answer in answers] == [(404, "the page has nothing there")] * 2
+
+
+def test_a_question_that_comes_too_soon_keeps_no_picture(page, picture, browser, monkeypatch):
+    monkeypatch.setattr(page.services, "_rate", type(page.services._rate)(0))
+    visitor = page.open()
+    uploaded = file_data(visitor.upload(picture).json()[0])
+    both = {"text": "Which?", "files": [uploaded]}
+    for element, data in (
+        ("question", question("Which?", uploaded, browser=browser)),
+        ("compare-question", [both, "scripted", "scripted", browser, *controls()]),
+        ("inside-question", [both, browser, "scripted"]),
+    ):
+        visitor.call(visitor.find(element, "submit"), data)
+    assert page.engine.asked == [] and not page.services.history.visitor(browser["token"]).folder.exists()
+
+
+def test_half_a_character_breaks_nothing(page, browser):
+    visitor = page.open()
+    body = {"data": question("a\ud83d", browser=browser), "fn_index": visitor.find("question", "submit")}
+    body |= {"session_hash": visitor.session, "event_data": None}
+    joined = visitor.http.post(
+        "/gradio_api/queue/join", content=json.dumps(body), headers={"content-type": "application/json"}
+    )
+    outcome = visitor.wait(joined.json()["event_id"])
+    assert texts(outcome.last[1]["value"])[0] == "a\ufffd"
 
 
 def test_too_many_pictures_and_too_long_questions_are_refused(page, picture, browser):

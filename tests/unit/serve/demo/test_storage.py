@@ -1,8 +1,10 @@
 """Conversations, history, pictures and opinions, without a page."""
 
 import json
+import os
 import stat
 import threading
+import time
 
 import pytest
 from PIL import Image
@@ -11,7 +13,7 @@ from llava_saep.errors import UserError
 from llava_saep.serve.demo import history as history_module
 from llava_saep.serve.demo.conversation import Conversation
 from llava_saep.serve.demo.feedback import FeedbackFile
-from llava_saep.serve.demo.history import History, new_token
+from llava_saep.serve.demo.history import QUESTION_SECONDS, History, new_token
 from llava_saep.serve.demo.launching import storage_secret
 from llava_saep.serve.limits import Limits
 from tests.fixtures.tiny import write_image
@@ -79,6 +81,64 @@ def test_a_picture_that_another_chat_shows_stays(history, tmp_path):
         visitor.pictures.open(names[1])
 
 
+def age(folder, seconds):
+    for path in folder.rglob("*"):
+        os.utime(path, (time.time() - seconds,) * 2)
+
+
+def test_pictures_of_no_chat_go_after_the_time_of_a_question(history, tmp_path):
+    visitor = history.visitor(new_token())
+    names = [visitor.pictures.add(write_image(tmp_path / f"{seed}.png", seed=seed).read_bytes()) for seed in (1, 2, 3)]
+    visitor.save(chat("one", names[0]))
+    age(history.folder, QUESTION_SECONDS + 1)
+    visitor.pictures.add((tmp_path / "2.png").read_bytes())  # sent again, and being asked about
+    history.make_room(visitor)
+    assert {path.name for path in visitor.pictures.folder.iterdir()} == set(names[:2])
+
+
+def test_a_visitor_who_is_too_large_alone_loses_the_oldest_chats(history):
+    visitor = history.visitor(new_token())
+    for text in ("one", "two", "three"):
+        visitor.save(chat(text))
+    history.max_bytes = visitor.num_bytes() - 1
+    history.make_room(visitor)
+    assert [saved.title for saved in visitor.conversations()] == ["three", "two"]
+    history.max_bytes = 1
+    history.make_room(visitor)
+    assert [saved.title for saved in visitor.conversations()] == ["three"]
+
+
+def test_previews_count_and_go_with_their_chat(history, tmp_path):
+    visitor = history.visitor(new_token())
+    name = visitor.pictures.add(write_image(tmp_path / "a.png").read_bytes())
+    kept = chat("one", name)
+    visitor.save(kept)
+    before = visitor.num_bytes()
+    files = [visitor.pictures.preview(name), visitor.pictures.as_upload(name)]
+    assert visitor.num_bytes() == before + sum(path.stat().st_size for path in files)
+    visitor.delete(kept.chat_id)
+    assert visitor.num_bytes() == 0
+
+
+def test_pictures_are_not_decoded_where_others_fill_the_memory(history, tmp_path):
+    pictures = history.visitor(new_token()).pictures
+    data = write_image(tmp_path / "a.png").read_bytes()  # 24 x 24
+    with history.pixels.held(Limits().max_pixels_in_memory - 24 * 24 + 1):
+        with pytest.raises(UserError, match="fill the server's memory"):
+            pictures.add(data)
+        assert not pictures.folder.exists()
+    name = pictures.add(data)
+    with history.pixels.held(Limits().max_pixels_in_memory - 24 * 24):
+        pictures.preview(name)
+        with pictures.decoded(name), pytest.raises(UserError, match="fill the server's memory"):
+            pictures.add(data)
+
+
+def test_half_a_character_becomes_a_sign_for_it():
+    asked = chat("a\ud83d b \U0001f600 \ud83d\ude00").messages[0].text
+    assert asked == "a\ufffd b \U0001f600 \U0001f600"
+
+
 def test_a_preview_is_small_and_upright(history, tmp_path):
     image = Image.new("RGB", (2000, 1000), "blue")
     exif = image.getexif()
@@ -100,7 +160,7 @@ def test_an_edit_drops_what_followed_and_keeps_the_pictures():
 
 def test_opinions_of_many_servers_do_not_mix(tmp_path, history):
     path, pictures = tmp_path / "likes.jsonl", history.visitor(new_token()).pictures
-    judged = chat("x" * 20_000)
+    judged = chat("x" * 19_996 + "\n\r\u2028\x85")
 
     def append():
         for _ in range(25):
@@ -110,7 +170,7 @@ def test_opinions_of_many_servers_do_not_mix(tmp_path, history):
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(lines) == 100 and all(line["messages"][0]["content"] == "x" * 20_000 for line in lines)
+    assert len(lines) == 100 and all(line["messages"][0]["content"] == judged.messages[0].text for line in lines)
 
 
 def test_pictures_of_judged_chats_are_kept_where_asked(tmp_path, history):
