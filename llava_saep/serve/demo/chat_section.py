@@ -13,6 +13,7 @@ import gradio as gr
 from llava_saep.errors import UserError
 from llava_saep.generation import GenerationOptions
 from llava_saep.serve.demo.conversation import Conversation, whole_characters
+from llava_saep.serve.demo.events import QUIET, TELLING
 from llava_saep.serve.demo.examples import write_examples
 from llava_saep.serve.demo.history import QUESTION_SECONDS, Visitor, is_token, new_token
 from llava_saep.serve.demo.question_editor import QuestionEditor
@@ -27,8 +28,6 @@ _PLACEHOLDER = "Ask about a picture: drop, paste or attach one, or several."
 _THANKS = "Whoever runs this page will find it, with the chat up to this answer."
 _NUM_OUTPUTS = 6
 """Of each event that shows a chat: see `_shown`."""
-
-_QUIET = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
 
 
 class Controls(NamedTuple):
@@ -144,23 +143,23 @@ class ChatSection:
             self.chatbot.retry(self.retry, asking, **writing),
             self.editor.submit.click(self.edit, [self.editor.place, self.editor.text, *asking], **writing),
         ]
-        self.stop.click(self.stop_answer, None, None, **_QUIET)
-        self.chatbot.undo(self.undo, asking[:2], shown, **_QUIET)
-        self.chatbot.clear(self.start_anew, asking[:2], shown, **_QUIET)
-        self.chats.new.click(self.start_anew, asking[:2], shown, **_QUIET)
-        opened = self.chats.chats.input(self.open_chat, [self.chats.chats, *asking[:2]], shown, **_QUIET)
-        self.chats.delete.click(self.delete_chat, asking[:2], shown, **_QUIET)
-        self.chatbot.example_select(self.take_example, None, [self.question], **_QUIET)
+        self.stop.click(self.stop_answer, None, None, **QUIET)
+        self.chatbot.undo(self.undo, asking[:2], shown, **TELLING)
+        self.chatbot.clear(self.start_anew, asking[:2], shown, **QUIET)
+        self.chats.new.click(self.start_anew, asking[:2], shown, **QUIET)
+        opened = self.chats.chats.input(self.open_chat, [self.chats.chats, *asking[:2]], shown, **TELLING)
+        self.chats.delete.click(self.delete_chat, asking[:2], shown, **QUIET)
+        self.chatbot.example_select(self.take_example, None, [self.question], **QUIET)
         if self.services.feedback is not None:
-            self.chatbot.like(self.note_opinion, asking[:2], [self.conversation], **_QUIET)
-        self.webcam_opener.change(lambda is_open: gr.update(visible=is_open), self.webcam_opener, self.webcam, **_QUIET)
-        self.webcam.input(self.add_photo, [self.question, self.webcam], [self.question, self.webcam], **_QUIET)
+            self.chatbot.like(self.note_opinion, asking[:2], [self.conversation], **TELLING)
+        self.webcam_opener.change(lambda is_open: gr.update(visible=is_open), self.webcam_opener, self.webcam, **QUIET)
+        self.webcam.input(self.add_photo, [self.question, self.webcam], [self.question, self.webcam], **QUIET)
         self.seen.connect(self.parts, *(answer.then for answer in answers), opened.then, self.model.input)
 
     def restore_on(self, page: gr.Blocks) -> None:
         """Bring the visitor's chats back when the page is loaded, and stop the model when it is left."""
         shown = [self.conversation, self.chatbot, self.question, self.stop, self.chats.chats, self.browser]
-        page.load(self.restore, [self.browser], shown, **_QUIET)
+        page.load(self.restore, [self.browser], shown, **QUIET)
         page.unload(self.leave_page)
 
     # What the events do

@@ -17,11 +17,11 @@ from llava_saep.generation import AnswerStatistics, GenerationOptions
 from llava_saep.generation.messages import Message
 from llava_saep.serve.demo.chat_section import ACCEPTED_FILES, Controls
 from llava_saep.serve.demo.conversation import Conversation, whole_characters
+from llava_saep.serve.demo.events import QUIET
 from llava_saep.serve.demo.history import Visitor
 from llava_saep.serve.demo.services import ChatParts, DemoServices
 from llava_saep.serve.demo.text import as_html, told
 
-_QUIET = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
 _SIDES = ("left", "right")
 _NUM_OUTPUTS = 7
 _THUMBNAIL_SIDE = 192
@@ -102,8 +102,8 @@ class CompareSection:
         }
         self.question.submit(self.ask, [self.question, *asking], shown, **writing)
         self.again.click(self.ask_as_in_chat, [self.chat.conversation, *asking], shown, **writing)
-        self.stop.click(self.stop_both, None, None, **_QUIET)
-        tab.select(self.refresh, [*self.models], [*self.models], **_QUIET)
+        self.stop.click(self.stop_both, None, None, **QUIET)
+        tab.select(self.refresh, [*self.models], [*self.models], **QUIET)
 
     # What the events do
 

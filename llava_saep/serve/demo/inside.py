@@ -12,12 +12,12 @@ from llava_saep.generation.messages import Message
 from llava_saep.model.token_layout import TILES, WHOLE
 from llava_saep.serve.demo.chat_section import ACCEPTED_FILES
 from llava_saep.serve.demo.conversation import Conversation
+from llava_saep.serve.demo.events import TELLING
 from llava_saep.serve.demo.history import Visitor
 from llava_saep.serve.demo.look import HINT, Look, LookStore, View, drawn, facts_of, layer_choices, note, visible
 from llava_saep.serve.demo.services import ChatParts, DemoServices
 from llava_saep.serve.demo.text import as_html, told
 
-_QUIET = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
 _LABEL_CHARACTERS = 70
 
 
@@ -135,7 +135,14 @@ class InsideSection:
         self.question.submit(
             self.ask, [self.question, self.chat.browser, self.chat.model], [self.question, *shown], **working
         )
-        gr.on([component.input for component in view[1:]], self.redraw, view, [self.picture, self.caption], **_QUIET)
+        gr.on(
+            [component.input for component in view[1:]],
+            self.redraw,
+            view,
+            [self.picture, self.caption],
+            trigger_mode="always_last",
+            **TELLING,
+        )
 
     # What the events do
 

@@ -6,11 +6,10 @@ from typing import Any
 import gradio as gr
 
 from llava_saep.generation import ModelDescription
+from llava_saep.serve.demo.events import QUIET
 from llava_saep.serve.demo.services import DemoServices
 from llava_saep.serve.demo.text import as_html, told
 from llava_saep.serve.remote import UNKNOWN
-
-_QUIET = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
 
 
 class ModelsSection:
@@ -28,7 +27,7 @@ class ModelsSection:
             self.load = gr.Button("Load", size="sm", elem_id="load", visible=not is_loaded, variant="primary")
             self.unload = gr.Button("Unload", size="sm", elem_id="unload", visible=is_loaded)
         shown = [self.card, self.load, self.unload, self.model]
-        self.model.input(self.show, [self.model], shown, **_QUIET)
+        self.model.input(self.show, [self.model], shown, **QUIET)
         self.load.click(
             self.load_model, [self.model], shown, api_visibility="private", show_progress="hidden", concurrency_limit=4
         )
@@ -36,7 +35,7 @@ class ModelsSection:
 
     def restore_on(self, page: gr.Blocks) -> None:
         """Show what is loaded now, whenever the page is loaded."""
-        page.load(self.show, [self.model], [self.card, self.load, self.unload, self.model], **_QUIET)
+        page.load(self.show, [self.model], [self.card, self.load, self.unload, self.model], **QUIET)
 
     def show(self, model_id: str | None) -> list[Any]:
         """Outputs for a chosen model."""

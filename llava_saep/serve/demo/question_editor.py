@@ -5,8 +5,7 @@ from typing import Any
 import gradio as gr
 
 from llava_saep.serve.demo.conversation import Conversation, shortened
-
-_QUIET = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+from llava_saep.serve.demo.events import QUIET, TELLING
 
 
 class QuestionEditor:
@@ -40,10 +39,10 @@ class QuestionEditor:
             with gr.Row():
                 self.submit = gr.Button("Ask again from here", variant="primary", size="sm", elem_id="edit-submit")
                 self.cancel = gr.Button("Cancel", size="sm", elem_id="edit-cancel")
-        self.opener.click(self.open, [conversation], [self.panel, self.place, self.text], **_QUIET)
-        self.place.input(self.choose, [conversation, self.place], [self.text], **_QUIET)
+        self.opener.click(self.open, [conversation], [self.panel, self.place, self.text], **TELLING)
+        self.place.input(self.choose, [conversation, self.place], [self.text], **QUIET)
         for button in (self.submit, self.cancel):
-            button.click(lambda: gr.update(visible=False), None, [self.panel], **_QUIET)
+            button.click(lambda: gr.update(visible=False), None, [self.panel], **QUIET)
 
     def open(self, conversation: Conversation) -> list[Any]:
         """Show the last question."""

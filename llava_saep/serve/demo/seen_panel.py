@@ -7,11 +7,10 @@ import gradio as gr
 from llava_saep.errors import UserError
 from llava_saep.generation import LocalEngine
 from llava_saep.serve.demo.conversation import Conversation
+from llava_saep.serve.demo.events import TELLING
 from llava_saep.serve.demo.model_view import what_the_model_sees
 from llava_saep.serve.demo.services import ChatParts, DemoServices
 from llava_saep.serve.demo.text import as_html, told
-
-_QUIET = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
 
 
 class SeenPanel:
@@ -47,9 +46,9 @@ class SeenPanel:
 
     def connect(self, chat: ChatParts, *events: Any) -> None:
         """Draw the gallery when it is opened, and after `events`."""
-        self.opener.change(self.show, [self.opener, *chat], [self.gallery], **_QUIET)
+        self.opener.change(self.show, [self.opener, *chat], [self.gallery], **TELLING)
         for event in events:
-            event(self.show, [self.opener, *chat], [self.gallery], **_QUIET)
+            event(self.show, [self.opener, *chat], [self.gallery], **TELLING)
 
     def show(
         self, is_open: bool, conversation: Conversation, browser: Any, model_id: str | None, request: gr.Request
