@@ -146,7 +146,7 @@ class ModelCatalog:
                 self._in_use[model_id] -= 1
 
     def load(self, model_id: str) -> Iterator[LoadingProgress]:
-        """Load a model beside the others; nothing happens to one that is loaded.
+        """Load a model beside the others, to the end also when nobody waits for it; one that is loaded stays as it is.
 
         Yields:
             how far it is, a few times a second.
@@ -161,11 +161,20 @@ class ModelCatalog:
             raise UserError("There is no such model; reload the page.")
         if not self._loading.acquire(blocking=False):
             raise UserError("Another model is being loaded; try again when it is ready.")
+        outcome: list[Exception] = []
+        thread = threading.Thread(target=self._load_into, args=(outcome, entry), daemon=True)
         try:
             expected_bytes = self._check_memory(entry)
-            yield from self._load_in_thread(entry, expected_bytes)
-        finally:
+            thread.start()  # which releases the lock, whoever still waits
+        except BaseException:
             self._loading.release()
+            raise
+        yield from self._progress(thread, expected_bytes)
+        if outcome:
+            (error,) = outcome
+            outcome.clear()
+            _release_memory()
+            raise _as_told(error, entry) from error
 
     def load_now(self, model_id: str) -> Engine:
         """Load a model and wait for it; errors as `load`."""
@@ -224,34 +233,27 @@ class ModelCatalog:
             f"{'is' if device.type == 'cpu' else 'are'} free; {advice}."
         )
 
-    def _load_in_thread(self, entry: ModelEntry, expected_bytes: int) -> Iterator[LoadingProgress]:
-        outcome: list[Engine | Exception] = []
-        options = dict(self._load_options)
-        thread = threading.Thread(target=_load_into, args=(outcome, entry, options), daemon=True)
-        device = torch.device(options.get("device") or "cpu")
+    def _progress(self, thread: threading.Thread, expected_bytes: int) -> Iterator[LoadingProgress]:
+        """How far a loading thread is, until it ends."""
+        device = torch.device(self._load_options.get("device") or "cpu")
         free_before, start = available_memory(device), time.monotonic()
-        thread.start()
         while thread.is_alive():
             thread.join(_POLL_SECONDS)
             taken = 0 if free_before is None else free_before - (available_memory(device) or 0)
             fraction = min(max(taken / max(expected_bytes, 1), 0.0), 0.99)
             yield LoadingProgress(fraction, time.monotonic() - start)
-        (result,) = outcome
-        if isinstance(result, Exception):
-            outcome.clear()
-            _release_memory()
-            raise _as_told(result, entry) from result
-        with self._lock:
-            self._engines[entry.model_id] = result
 
-
-def _load_into(outcome: list, entry: ModelEntry, options: Mapping[str, Any]) -> None:
-    try:
-        outcome.append(LocalEngine.from_pretrained(entry.folder, model_id=entry.model_id, **options))
-    except Exception as error:  # handed to the waiting thread, which raises it
-        if _is_out_of_memory(error):
-            error = error.with_traceback(None)  # whose frames hold the tensors that were read
-        outcome.append(error)
+    def _load_into(self, outcome: list[Exception], entry: ModelEntry) -> None:
+        try:
+            engine = LocalEngine.from_pretrained(entry.folder, model_id=entry.model_id, **self._load_options)
+            with self._lock:
+                self._engines[entry.model_id] = engine
+        except Exception as error:  # handed to the waiting thread, which raises it
+            if _is_out_of_memory(error):
+                error = error.with_traceback(None)  # whose frames hold the tensors that were read
+            outcome.append(error)
+        finally:
+            self._loading.release()
 
 
 def _as_told(error: Exception, entry: ModelEntry) -> Exception:

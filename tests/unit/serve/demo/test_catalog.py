@@ -12,7 +12,7 @@ from llava_saep.serve.demo import catalog as catalog_module
 from llava_saep.serve.demo.catalog import ModelCatalog, find_models, weights_bytes
 from llava_saep.serve.demo.text import told
 from projectors import select_projector
-from tests.fixtures.engines import ScriptedEngine
+from tests.fixtures.engines import ScriptedEngine, wait_until
 from tests.fixtures.tiny import write_bases
 
 
@@ -82,7 +82,7 @@ def test_too_little_memory_is_told_before_anything_is_loaded(models_folder, monk
     catalog.load_now("one")
     needed = weights_bytes(inspect_folder(models_folder / "run" / "checkpoint-5").config, torch.float32)
     monkeypatch.setattr(catalog_module, "available_memory", lambda device: int(needed * 1.1) - 1)
-    monkeypatch.setattr(catalog_module, "_load_into", lambda *args: pytest.fail("was loaded"))
+    monkeypatch.setattr(LocalEngine, "from_pretrained", lambda *args, **kwargs: pytest.fail("was loaded"))
     with pytest.raises(UserError, match=r"needs about .* of memory is free; unload one first"):
         catalog.load_now("run/checkpoint-5")
     assert catalog.loaded_ids == ["one"]
@@ -109,22 +109,29 @@ def test_memory_that_ends_while_loading_leaves_the_others_usable(models_folder, 
     catalog.close()
 
 
-def test_two_models_are_not_loaded_at_once(models_folder, monkeypatch):
+@pytest.mark.parametrize("somebody_waits", [True, False], ids=["waited for", "left"])
+def test_two_models_are_not_loaded_at_once(models_folder, monkeypatch, somebody_waits):
+    """Nor while the visitor who asked for the first has closed the page."""
     catalog = ModelCatalog(find_models(models_folder), load_options={"device": "cpu"})
     go_on = threading.Event()
 
-    def wait(outcome, entry, options):
+    def wait(*args, **kwargs):
         go_on.wait(10)
-        outcome.append(ScriptedEngine())
+        return ScriptedEngine()
 
-    monkeypatch.setattr(catalog_module, "_load_into", wait)
+    monkeypatch.setattr(LocalEngine, "from_pretrained", wait)
     loading = catalog.load("one")
     next(loading)
+    if not somebody_waits:
+        loading.close()
     with pytest.raises(UserError, match="Another model is being loaded"):
         catalog.load_now("run/checkpoint-5")
     go_on.set()
     list(loading)
+    wait_until(lambda: not catalog._loading.locked())
     assert catalog.loaded_ids == ["one"]
+    monkeypatch.undo()
+    assert catalog.load_now("run/checkpoint-5")
 
 
 def test_what_visitors_are_told_holds_no_path_of_the_server(models_folder):
