@@ -24,7 +24,9 @@ COMMANDS = {
     "eval": Command("llava_saep.commands.evaluate", "answer benchmarks or a file of questions, and score the answers"),
     "compare": Command("llava_saep.commands.compare", "train projectors alike and compare them, or trained models"),
     "projectors": Command("llava_saep.commands.projectors", "list, show, check, measure and document the projectors"),
-    "bench": Command("llava_saep.commands.bench", "measure training steps on the machine at hand"),
+    "bench": Command(
+        "llava_saep.commands.bench", "measure training, packing, generation and interruptions on this machine"
+    ),
     "convert": Command(
         "llava_saep.commands.convert", "write a saved model in LLaVA's or llava-hf's format, or in ours; merge, extract"
     ),

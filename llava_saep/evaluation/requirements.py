@@ -62,7 +62,7 @@ def examine(data_dir: Path, selected: TaskSplit) -> list[Finding]:
                 label=selected.label,
                 level="missing" if is_missing else "ok",
                 subject=str(requirement.path),
-                detail=f"missing: {PURPOSES[requirement.purpose]}" if is_missing else "",
+                detail=f"without it {PURPOSES[requirement.purpose]}" if is_missing else "",
                 advice=requirement.source if is_missing else "",
             )
         )

@@ -46,6 +46,7 @@ class TokenCounts:
         tokens: of conversations, images' among them.
         supervised: those with a loss.
         padding: share of all positions that held no token; None where nothing was counted.
+        last_step: the step up to which was counted, that of the last log entry; 0 where nothing was.
     """
 
     tokens: int
@@ -53,6 +54,7 @@ class TokenCounts:
     conversations: int
     images: int
     padding: float | None
+    last_step: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +121,11 @@ def count_tokens(history: Sequence[Mapping[str, float]], *, after_step: int = 0)
     totals = {name: int(sum(entry[name] for entry in entries)) for name in ("tokens", "supervised")}
     totals |= {name: int(sum(entry[name] for entry in entries)) for name in ("conversations", "images")}
     num_positions = sum(entry["tokens"] / (1 - entry["padding"]) for entry in entries if entry["padding"] < 1)
-    return TokenCounts(**totals, padding=1 - totals["tokens"] / num_positions if num_positions else None)
+    return TokenCounts(
+        **totals,
+        padding=1 - totals["tokens"] / num_positions if num_positions else None,
+        last_step=max((int(entry["step"]) for entry in entries), default=0),
+    )
 
 
 def find_losses(history: Sequence[Mapping[str, float]]) -> LossRecord:
@@ -346,17 +352,20 @@ def _result_lines(summary: TrainingSummary) -> list[str]:
     ]
     if summary.micro_batches_left_out:
         lines.append(f"  {summary.micro_batches_left_out:,} micro-batches left out, since their loss was no number")
-    return [*lines, *_token_lines(summary.tokens), *_loss_lines(summary.losses), *_cost_lines(summary)]
+    return [*lines, *_token_lines(summary), *_loss_lines(summary.losses), *_cost_lines(summary)]
 
 
-def _token_lines(tokens: TokenCounts) -> list[str]:
+def _token_lines(summary: TrainingSummary) -> list[str]:
+    tokens = summary.tokens
     if tokens.padding is None:
         return []
+    # Counts come from log entries, and the steps after the last one have none.
+    counted = "" if tokens.last_step == summary.steps else f" (up to step {tokens.last_step:,}, the last one logged)"
     return [
         _line(
             "tokens",
             f"{tokens.tokens:,}, {tokens.supervised:,} of them supervised; {tokens.padding:.1%} of positions were "
-            f"padding; {tokens.conversations:,} conversations, {tokens.images:,} images",
+            f"padding; {tokens.conversations:,} conversations, {tokens.images:,} images{counted}",
         )
     ]
 

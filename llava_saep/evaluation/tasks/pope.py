@@ -18,6 +18,7 @@ from ._base import Answer, CategoryRow, Exclusion, Metric, Requirement, Task, Ta
 from ._files import read_json_lines, read_task_questions, required
 from ._matching import collect_exclusions, exclusion, match_answers
 from ._scoring import grouped, share_metric
+from ._sources import EVAL_ZIP
 
 CATEGORIES = ("adversarial", "popular", "random")
 QUESTION_FILE = "llava_pope_test.jsonl"
@@ -140,7 +141,7 @@ class Pope(Task):
             "https://github.com/AoiDragon/POPE, folder output/coco at commit e3e39262c85a6a83f26cf5094022a782cb0df58d"
         )
         return [
-            Requirement(path=folder / QUESTION_FILE, source="eval.zip of LLaVA's Evaluation guide"),
+            Requirement(path=folder / QUESTION_FILE, source=EVAL_ZIP),
             Requirement(
                 path=folder / "val2014",
                 source="http://images.cocodataset.org/zips/val2014.zip",

@@ -36,6 +36,7 @@ def test_tokens_add_up_and_padding_is_a_share_of_all_positions():
     assert counts.padding == pytest.approx(1 - 240 / 300)  # 100 + 100 + 100 positions
     assert count_tokens(HISTORY, after_step=2).tokens == 100
     assert count_tokens([]).padding is None
+    assert (counts.last_step, count_tokens([]).last_step) == (3, 0)
 
 
 def test_losses_are_the_first_the_last_and_the_lowest_held_out():
@@ -83,7 +84,7 @@ def summary(**fields) -> TrainingSummary:
             "planned_steps": 4,
             "epochs": 0.75,
             "micro_batches_left_out": 1,
-            "tokens": TokenCounts(tokens=240, supervised=60, conversations=12, images=9, padding=0.2),
+            "tokens": TokenCounts(tokens=240, supervised=60, conversations=12, images=9, padding=0.2, last_step=3),
             "losses": find_losses(HISTORY),
             "seconds": 3725.0,
             "tokens_per_second": 12.3,
@@ -119,6 +120,11 @@ def test_page_says_what_a_reader_asks():
 def test_page_of_a_resumed_run_says_since_when_it_counts():
     assert "resumed" not in render(summary())
     assert "at step 1,500; samples replaced, cut and left out" in render(summary(resumed_at=1500))
+
+
+def test_page_says_up_to_which_step_tokens_were_counted():
+    assert "logged" not in render(summary())
+    assert "12 conversations, 9 images (up to step 3, the last one logged)" in render(summary(steps=4))
 
 
 def test_json_and_text_lie_in_the_output_folder(tmp_path):
