@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--world",
         choices=("cells", "free"),
         default="cells",
-        help="cells: objects in a 3x3 layout with jitter; free: anywhere without overlap (harder)",
+        help="cells: objects in a 3x3 layout with jitter; free: anywhere without overlap (harder; default: cells)",
     )
     parser.add_argument("--num-train", type=int, default=8000, help="training images (default: %(default)s)")
     parser.add_argument("--num-held-out", type=int, default=100, help="held-out images (default: %(default)s)")

@@ -5,6 +5,7 @@ Scored are the last words of a freely generated answer, which may state its evid
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,8 +17,6 @@ from ._base import Answer, CategoryRow, Metric, Requirement, Task, TaskQuestion,
 from ._files import read_task_questions
 from ._matching import match_labels
 from ._scoring import grouped, mean_metric
-
-SOURCE = "python -m playground.spatial_scenes --output playground/data/eval/spatial_scenes"
 
 
 class SpatialScenes(Task):
@@ -31,9 +30,10 @@ class SpatialScenes(Task):
 
     def requirements(self, folder: Path, split: str) -> list[Requirement]:
         """What the generator writes."""
+        source = f"python -m playground.spatial_scenes --output {shlex.quote(str(folder))}"
         return [
-            Requirement(path=folder / split / "questions.jsonl", source=SOURCE),
-            Requirement(path=folder / split / "images", source=SOURCE, purpose="images"),
+            Requirement(path=folder / split / "questions.jsonl", source=source),
+            Requirement(path=folder / split / "images", source=source, purpose="images"),
         ]
 
     def questions(self, folder: Path, split: str) -> list[TaskQuestion]:

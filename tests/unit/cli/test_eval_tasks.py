@@ -364,6 +364,12 @@ def test_doctor_names_what_is_missing_and_where_to_get_it(data_dir, capsys):
     assert "something is missing: gqa, pope, spatial_scenes" in said
 
 
+def test_doctor_has_scenes_written_where_it_looked(tmp_path, capsys):
+    folder = tmp_path / "my data"
+    assert main(["eval", "doctor", "--task", "spatial_scenes", "--data-dir", str(folder)]) == 1
+    assert f"-> python -m playground.spatial_scenes --output '{folder}/spatial_scenes'" in capsys.readouterr().out
+
+
 def test_doctor_finds_questions_that_cannot_be_read(data_dir, capsys):
     (data_dir / "pope" / "llava_pope_test.jsonl").write_text('{"question_id": 1}\n')
     assert main(["eval", "doctor", "--task", "pope", "--data-dir", str(data_dir), "--json"]) == 1
