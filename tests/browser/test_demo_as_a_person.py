@@ -86,6 +86,11 @@ def test_regenerate_undo_edit_and_clear(page, picture):
     page.wait_until(lambda: not page.questions and not page.answers)
 
 
+def test_what_cannot_be_changed_yet_is_said(page):
+    page.page.locator("#edit-opener").click()
+    assert "There is no question to change yet." in page.warning()
+
+
 def test_chats_are_there_after_a_reload_for_their_visitor_alone(page, picture, open_page):
     page.ask("Will this stay?", picture)
     page.wait_for_answers(1)

@@ -141,9 +141,10 @@ def build_catalog(args: argparse.Namespace) -> ModelCatalog:
     if args.api is not None:
         engines = remote_engines(Endpoint(url=args.api, api_key=read_api_key(args.api_key_file)))
     if not entries and not engines:
+        found_none = f"--models-dir {args.models_dir} holds no checkpoint" if args.models_dir else "no model"
         raise UserError(
-            "no model: give --model-path FOLDER, or --models-dir with a folder that holds checkpoints, or --api with "
-            "the address of a server"
+            f"{found_none}: give --model-path FOLDER, or --models-dir with a folder that holds checkpoints, or --api "
+            "with the address of a server"
         )
     catalog = ModelCatalog(
         entries,

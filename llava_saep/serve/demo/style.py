@@ -34,7 +34,8 @@ footer { display: none !important; }
 #chat .message img { max-height: 220px; width: auto; }
 /* Of a question with a picture nothing but the hidden button is there. */
 #chat .message-buttons-right .icon-button-wrapper { border: none; background: none; box-shadow: none; }
-:is(#model, #inside-answer) input { text-overflow: ellipsis; padding-right: 26px; }
+input[role=combobox] { text-overflow: ellipsis; padding-right: 26px; }
+#chat .placeholder { padding: 0 16px; text-align: center; }
 """
 
 

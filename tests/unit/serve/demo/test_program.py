@@ -31,10 +31,13 @@ def test_flags_change_only_on_purpose():
             "--model-path m --feedback-file /dev/null/likes",
             "cannot be written; name another one, or give --no-feedback",
         ),
+        ("--models-dir EMPTY", "--models-dir EMPTY holds no checkpoint"),
         ("--api nonsense", "expected the address of a server"),
     ],
 )
-def test_mistakes_end_before_a_model_is_loaded(flags, message, monkeypatch):
+def test_mistakes_end_before_a_model_is_loaded(flags, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "EMPTY").mkdir()
     monkeypatch.setattr(program, "serve", lambda *args: pytest.fail("was served"))
     with pytest.raises(UserError, match=message):
         program.main(["--port", "0", *flags.split()], ask_password=lambda prompt: "")
