@@ -31,7 +31,7 @@ def what_the_model_sees(processor: LlavaSaepProcessor, picture: Image.Image) -> 
     crops = pixels if pixels.dim() == 4 else pixels[None]
     images = [denormalised(crop, processor.image_processor) for crop in crops]
     height, width = crops.shape[-2:]
-    how = {"square": "centre cut out", "pad": "padded to a square"}.get(processor.image_aspect_ratio)
+    how = {"square": "cropped to the centre", "pad": "padded to a square"}.get(processor.image_aspect_ratio)
     if how is not None:
         return [SeenPicture(images[0], f"{width} x {height} pixels, {how}: {num_tokens} tokens")]
     tokens_of_view = processor.image_tokens.num_tokens_of_view(ImageSize(height, width))

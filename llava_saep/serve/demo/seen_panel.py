@@ -36,7 +36,7 @@ class SeenPanel:
             visible=False,
             columns=4,
             fit_columns=False,
-            height=260,
+            height=330,
             object_fit="contain",
             interactive=False,
             format="png",

@@ -30,7 +30,11 @@ footer { display: none !important; }
 #chat-actions { align-items: center; gap: 20px; justify-content: flex-start; }
 #chat-actions > * { flex: 0 0 auto !important; width: auto !important; min-width: 0 !important; }
 #chat-actions .block { border-width: 0 !important; background: none; padding: 0; margin: 0; }
-#seen .caption-label { white-space: normal; max-width: 100%; }
+/* Gradio lays the gallery's title and the captions over the pictures, of which all is to be seen. */
+#seen .grid-container { padding-top: 28px; }
+#seen .thumbnail-item:has(.caption-label) { display: flex; flex-direction: column; height: auto; aspect-ratio: auto; }
+#seen .thumbnail-item:has(.caption-label) img { height: auto; aspect-ratio: 1; }
+#seen .grid-container .caption-label { position: static; white-space: normal; max-width: 100%; }
 #chat .message img { max-height: 220px; width: auto; }
 /* Of a question with a picture nothing but the hidden button is there. */
 #chat .message-buttons-right .icon-button-wrapper { border: none; background: none; box-shadow: none; }

@@ -64,7 +64,7 @@ def test_a_cropped_picture_is_shown_without_its_sides(bases, picture):
     (seen,) = what_the_model_sees(processor_for(bases, "square"), picture)
     small = picture.resize((32, 24), Image.Resampling.BICUBIC)
     assert_alike(seen.image, small.crop((4, 0, 28, 24)))
-    assert "centre cut out" in seen.caption
+    assert "cropped to the centre" in seen.caption
 
 
 def test_a_picture_that_is_cut_is_shown_whole_and_in_tiles(bases, picture):
