@@ -110,6 +110,7 @@ def score_answer_file(selected: TaskSplit, answers: Sequence[Answer], path: Path
     """
     task = first_questions(selected.task, settings.limit)
     folder = task_folder(settings.data_dir, selected)
+    check_requirements(settings.data_dir, [selected], purposes=["questions"])
     questions = task.questions(folder, selected.split)
     outcome = _score(TaskSplit(task, selected.split), answers, settings, scores_are_due=True)
     model_ids = sorted({str(answer.fields.get("model_id", "unknown")) for answer in answers})

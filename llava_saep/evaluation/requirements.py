@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -38,12 +38,14 @@ def missing_requirements(data_dir: Path, selected: TaskSplit) -> list[Requiremen
     return [requirement for requirement in needed if not _is_there(requirement.path)]
 
 
-def check_requirements(data_dir: Path, tasks: Iterable[TaskSplit]) -> None:
-    """Raise UserError with everything without which questions cannot be asked, before a model is loaded."""
+def check_requirements(
+    data_dir: Path, tasks: Iterable[TaskSplit], *, purposes: Collection[str] = ("questions", "images")
+) -> None:
+    """Raise UserError with everything that is missing for these purposes, before a model is loaded."""
     lines = []
     for selected in tasks:
         for missing in missing_requirements(data_dir, selected):
-            if missing.purpose != "score":
+            if missing.purpose in purposes:
                 lines.append(f"{selected.label}: {missing.path} is missing. {missing.source}")
     if lines:
         raise UserError("\n".join([*lines, "`llava-saep eval doctor` looks at all benchmarks; --data-dir says where."]))

@@ -329,6 +329,16 @@ def test_absent_answer_file_is_said(tmp_path, capsys):
     assert "a.jsonl: no such" in mistake(capsys, "--task", "pope", "--answers", tmp_path / "a.jsonl")
 
 
+def test_answers_to_questions_that_are_not_there_are_not_scored(tmp_path, capsys):
+    shutil.copytree(GOLDEN_POPE, tmp_path / "pope")
+    message = mistake(
+        capsys, "--task", "pope", "--answers", tmp_path / "pope" / "answers.jsonl", "--data-dir", tmp_path
+    )
+    assert "pope: " in message and "llava_pope_test.jsonl is missing. eval.zip" in message
+    assert "val2014" not in message  # images are not asked for again
+    assert "--question_file" not in message
+
+
 @pytest.mark.parametrize(
     ("device", "num_gpus", "num_ranks", "is_said"),
     [(None, 8, 1, True), (None, 8, 8, False), (None, 1, 1, False), ("cuda:3", 8, 1, False), (None, 0, 1, False)],
