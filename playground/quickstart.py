@@ -337,9 +337,15 @@ def make_dataset(folder: Path, facts: Mapping[str, Any]) -> bool:
 
 
 def prepare_output_dir(job: Job) -> None:
-    """Empty what an earlier quick start left in the output folder, and note what this one is."""
-    for name in ("stage1", "stage2", "evaluation"):
-        shutil.rmtree(job.output_dir / name, ignore_errors=True)
+    """Remove what an earlier quick start left in the output folder, and note what this one is."""
+    earlier = [folder for name in ("stage1", "stage2", "evaluation") if (folder := job.output_dir / name).exists()]
+    if earlier:
+        names = ", ".join(folder.name for folder in earlier)
+        print(
+            f"\nThis run replaces the earlier one in {shown_path(job.output_dir)} ({names}); --output_dir keeps both."
+        )
+    for folder in earlier:
+        shutil.rmtree(folder, ignore_errors=True)
     job.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(job.output_dir / SETTINGS_FILE, job_facts(job))
 

@@ -157,12 +157,14 @@ def test_interrupted_generation_leaves_no_data_set_behind(plan, tmp_path, monkey
     assert not (job.data_dir / "half.json").exists()
 
 
-def test_earlier_results_in_the_output_folder_are_replaced_and_nothing_else(plan, tmp_path):
+def test_earlier_results_in_the_output_folder_are_replaced_and_nothing_else(plan, tmp_path, capsys):
     job = plan("--smoke")
     quickstart.prepare_output_dir(job)
+    assert "replaces" not in capsys.readouterr().out
     (job.output_dir / "stage2").mkdir()
     (job.output_dir / "my_notes.txt").touch()
     quickstart.prepare_output_dir(plan("--smoke"))
+    assert "This run replaces the earlier one in" in (said := capsys.readouterr().out) and "(stage2)" in said
     assert sorted(path.name for path in job.output_dir.iterdir()) == ["my_notes.txt", quickstart.SETTINGS_FILE]
 
 
