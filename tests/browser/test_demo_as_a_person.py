@@ -74,7 +74,7 @@ def test_regenerate_undo_edit_and_clear(page, picture):
     assert page.questions == ["First?", "Second?"]
     page.press_in_chat("Undo")
     page.wait_until(lambda: page.questions == ["First?"])
-    assert page.page.locator("#question textarea").input_value() == "Second?"
+    page.wait_until(lambda: page.page.locator("#question textarea").input_value() == "Second?")
     page.page.fill("#question textarea", "")
     page.page.locator("#edit-opener").click()
     page.page.locator("#edit-text textarea").fill("Changed?")
