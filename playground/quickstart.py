@@ -518,6 +518,7 @@ def show_next_steps(job: Job) -> None:
     print(
         f"\nThe model is in {model}, answers and reports in {shown_path(job.output_dir / 'evaluation')}.\n"
         f"\ntalk to it:          {program} chat --model_path {model} --image_file {image}{trust}"
+        f"\nin the browser:      {program} demo --model-path {model}{trust}"
         f"\nanother projector:   ./quickstart.sh --mm_projector_type {other}"
         f"\nwhich there are:     {program} projectors"
         "\none of your own:     ./quickstart.sh --mm_projector_type playground/examples/blur_projector.py:BlurProjector"
