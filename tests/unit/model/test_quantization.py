@@ -305,7 +305,7 @@ def test_chat_takes_llavas_switches(bits, monkeypatch):
     from llava_saep.serve import chat
 
     asked = []
-    monkeypatch.setattr(chat.Predictor, "from_pretrained", lambda *args, **kwargs: asked.append(kwargs) or 1 / 0)
+    monkeypatch.setattr(chat.LocalEngine, "from_pretrained", lambda *args, **kwargs: asked.append(kwargs) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         chat.main(["--model-path", str(WHOLE), f"--load-{bits}bit"])
     assert asked[0]["quantization"] == QuantizationConfig(bits=bits)
