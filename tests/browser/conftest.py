@@ -40,7 +40,7 @@ def demo_folder(tmp_path_factory):
     return tmp_path_factory.mktemp("demo")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def demo(models_folder, demo_folder):
     log = demo_folder / "log"
     flags = ["--models-dir", str(models_folder), "--model-path", str(models_folder / "answers")]
@@ -56,8 +56,9 @@ def likes(demo_folder):
     return demo_folder / "demo_likes.jsonl"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser():
+    """One for this folder's tests; Playwright holds an event loop until its end, and there can be but one."""
     if CHROMIUM is None:
         pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra test)")
