@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llava_saep.bench.flops import FlopCount, count_flops
-from llava_saep.bench.machine import GIB
 from llava_saep.bench.memory import PeakMemory, peak_of
 from llava_saep.bench.placement import build_config, build_without_memory, select_by_hand
 from llava_saep.bench.profiling import StepProfile, profile_step
 from llava_saep.bench.timing import Timing, interleaved, timed
 from llava_saep.bench.workload import Step, TowerOutput, Workload, build_step
 from llava_saep.errors import UserError
+from llava_saep.machine import GIB
 from llava_saep.memory import available_memory
 from projectors import ProjectorConfig, ProjectorError, ProjectorSelection
 

@@ -10,6 +10,8 @@ from llava_saep.program import AbbreviatingParser
 
 LOOPBACK_HOST = "127.0.0.1"
 UNAUTHENTICATED_FLAG = "--allow-unauthenticated-network-access"
+API_KEY_VARIABLE = "LLAVA_SAEP_API_KEY"
+"""Environment variable with the key that a server asks for, and that a client presents."""
 
 
 def add_access_flags(parser: AbbreviatingParser, *, port: int) -> None:

@@ -15,8 +15,9 @@ from llava_saep.errors import UserError
 from llava_saep.generation import AnswerStatistics, GenerationOptions, LocalEngine, Message
 from llava_saep.model.quantization import QuantizationConfig
 from llava_saep.program import AbbreviatingParser
+from llava_saep.serve.access import API_KEY_VARIABLE
 from llava_saep.serve.engine_flags import add_engine_flags, engine_settings_from
-from llava_saep.serve.remote import API_KEY_VARIABLE, Endpoint, RemoteEngine, read_api_key, remote_engines
+from llava_saep.serve.remote import Endpoint, RemoteEngine, read_api_key, remote_engines
 from llava_saep.serve.saved_chat import load_chat, save_chat
 
 HELP = """\

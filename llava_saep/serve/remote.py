@@ -31,11 +31,10 @@ from llava_saep.generation import (
     Message,
     ModelDescription,
 )
-from llava_saep.serve.access import is_loopback
+from llava_saep.serve.access import API_KEY_VARIABLE, is_loopback
 
 logger = logging.getLogger(__name__)
 
-API_KEY_VARIABLE = "LLAVA_SAEP_API_KEY"
 UNKNOWN = "unknown"
 """What a description says of a property that the server does not tell."""
 _MAX_LOSSLESS_BYTES = 12_000_000

@@ -18,13 +18,13 @@ from llava_saep.bench.generation import (
     measure_turns,
     median_first_token,
 )
-from llava_saep.bench.machine import describe_machine, machine_line
 from llava_saep.bench.random_chat_model import build_chat_model, word
 from llava_saep.bench.training.shapes import PRESETS
 from llava_saep.commands.projectors.bench import check_json_path
 from llava_saep.commands.projectors.flags import positive
 from llava_saep.errors import UserError
 from llava_saep.generation import EngineSettings, Predictor
+from llava_saep.machine import describe_machine, machine_line
 from llava_saep.program import AbbreviatingParser
 from projectors import select_projector
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import torch
 
-from llava_saep.bench.machine import describe_machine
 from llava_saep.bench.packing import Batching, RowTiming, compare_batchings, draw_lengths, time_row
 from llava_saep.commands.projectors.flags import positive
+from llava_saep.machine import describe_machine
 from llava_saep.train.distributed import has_accelerator
 
 

@@ -13,7 +13,6 @@ from typing import Any, get_args
 import torch
 
 from llava_saep.arguments import parse_arguments
-from llava_saep.bench.machine import GIB, describe_machine
 from llava_saep.bench.placement import refuse_unusable, select_by_hand
 from llava_saep.bench.training.benchmark import TrainingBenchmark
 from llava_saep.bench.training.conversations import TextLengths
@@ -28,6 +27,7 @@ from llava_saep.commands.projectors.flags import add_option_flag, not_negative, 
 from llava_saep.commands.projectors.progress import Progress
 from llava_saep.commands.projectors.text import terminal_width
 from llava_saep.errors import UserError
+from llava_saep.machine import GIB, describe_machine
 from llava_saep.memory import available_memory
 from llava_saep.train.config import LoraConfig
 from projectors import parse_projector_options

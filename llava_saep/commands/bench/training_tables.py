@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from llava_saep.bench.machine import GIB, machine_line
 from llava_saep.commands.projectors.text import columns, wrapped
+from llava_saep.machine import GIB, machine_line
 
 _TERA = 10**12
 _ROUNDING = {"fp32": 1e-4, "bf16": 2e-2}

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from llava_saep.bench.machine import describe_machine
 from llava_saep.bench.placement import refuse_unusable
 from llava_saep.bench.plot import check_plot_path, plot_measurements
 from llava_saep.bench.profiling import StepProfile
@@ -21,6 +20,7 @@ from llava_saep.commands.projectors.flags import add_option_flag, add_size_flags
 from llava_saep.commands.projectors.progress import Progress
 from llava_saep.commands.projectors.text import terminal_width
 from llava_saep.errors import UserError
+from llava_saep.machine import describe_machine
 from projectors import parse_projector_options
 
 EXIT_INTERRUPTED = 130

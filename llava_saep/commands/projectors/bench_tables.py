@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from llava_saep.bench.machine import machine_line
 from llava_saep.bench.profiling import Copies, StepProfile
 from llava_saep.commands.projectors.text import columns, wrapped
+from llava_saep.machine import machine_line
 
 _MIB = 1024**2
 _GIGA, _MEGA = 10**9, 10**6

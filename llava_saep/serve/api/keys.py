@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llava_saep.errors import UserError
+from llava_saep.serve.access import API_KEY_VARIABLE
 
 logger = logging.getLogger(__name__)
 
-KEY_VARIABLE = "LLAVA_SAEP_API_KEY"
 _MIN_KEY_CHARACTERS = 16
 _MAKE_ONE = """python -c "import secrets; print(secrets.token_urlsafe(32))" makes one"""
 
@@ -51,14 +51,14 @@ class ApiKeys:
 
 
 def read_api_keys(file: str | Path | None, environment: Mapping[str, str] = os.environ) -> ApiKeys:
-    """Read keys from a file, one a line (# begins a comment line), and from the environment variable KEY_VARIABLE.
+    """Read keys from a file, one a line (# begins a comment line), and from the environment variable API_KEY_VARIABLE.
 
     Raises:
         UserError: the file cannot be read or holds no key, or a key is too short.
     """
     keys = [] if file is None else _keys_of_file(Path(file))
-    if KEY_VARIABLE in environment:
-        keys.append(environment[KEY_VARIABLE].strip())
+    if API_KEY_VARIABLE in environment:
+        keys.append(environment[API_KEY_VARIABLE].strip())
     return ApiKeys.of(keys)
 
 

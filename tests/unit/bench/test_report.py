@@ -6,10 +6,10 @@ import platform
 import pytest
 import torch
 
-from llava_saep.bench.machine import describe_machine
 from llava_saep.bench.projectors import ProjectorBenchmark
 from llava_saep.bench.report import bench_document, compare, seconds_per_gflop
 from llava_saep.bench.timing import Timing
+from llava_saep.machine import describe_machine
 from llava_saep.memory import available_memory
 
 ROW_FIELDS = {

@@ -15,7 +15,8 @@ from PIL import Image
 from llava_saep.errors import UserError
 from llava_saep.generation import GenerationOptions
 from llava_saep.serve import chat
-from llava_saep.serve.remote import API_KEY_VARIABLE, Endpoint, image_data_url, read_api_key, remote_engines
+from llava_saep.serve.access import API_KEY_VARIABLE
+from llava_saep.serve.remote import Endpoint, image_data_url, read_api_key, remote_engines
 
 QUESTION = [{"role": "user", "content": "Say hello."}]
 MODEL = {"id": "tiny", "object": "model", "projector": "saep", "tokens_per_image": 9, "context_length": 512}

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from llava_saep.bench.machine import describe_machine
 from llava_saep.bench.training.benchmark import SideResult, TrainingBenchmark, loss_disagreement, relative_to
 from llava_saep.bench.training.report import training_document
 from llava_saep.bench.training.side import Step
 from llava_saep.commands.bench.training_tables import training_lines
+from llava_saep.machine import describe_machine
 from tests.fixtures.bench import plan
 
 
