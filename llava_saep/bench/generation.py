@@ -86,7 +86,7 @@ def median_first_token(answers: Sequence[AnswerStatistics]) -> float:
 
 
 def measure_turns(predictor: Predictor, workload: ChatWorkload) -> list[TurnMeasurement]:
-    """Hold the conversation, each turn with and without reuse, one after the other."""
+    """Hold the conversation going on from earlier turns, then the same one without, and that again and again."""
     turns = [TurnMeasurement() for _ in workload.questions]
     with count_runs(predictor) as runs:
         for _ in range(workload.num_repeats):
@@ -127,24 +127,39 @@ def count_runs(predictor: Predictor) -> Iterator[list[int]]:
 def _hold_conversation(
     predictor: Predictor, workload: ChatWorkload, turns: Sequence[TurnMeasurement], runs: list[int]
 ) -> None:
-    engine, forgetful = _engine(predictor, EngineSettings()), _engine(predictor, _KEEPING_NOTHING)
-    for each in (engine, forgetful):  # each has a thread of its own, whose first work pays for PyTorch's
-        each.use_model(lambda predictor: _read(predictor, workload))
-    messages: list[Message] = []
-    for index, (question, turn) in enumerate(zip(workload.questions, turns, strict=True)):
-        messages = [*messages, _question(question, workload.images if index == 0 else [])]
-        before = runs[0]
-        text, answer = _ask(engine, messages, workload.options)
-        between = runs[0]
-        text_anew, answer_anew = _ask(forgetful, messages, workload.options)
-        turn.reused.append(answer)
-        turn.anew.append(answer_anew)
-        turn.tower_runs_reused.append(between - before)
-        turn.tower_runs_anew.append(runs[0] - between)
-        turn.num_different += text != text_anew
-        messages.append({"role": "assistant", "content": text})
-    engine.close()
-    forgetful.close()
+    # One engine after the other: each has a thread, and each thread OpenMP helpers that spin after their work, on the
+    # processors that the other engine would need.
+    prompts: list[list[Message]] = []
+    texts: list[str] = []
+    with _warm_engine(predictor, workload, EngineSettings()) as engine:
+        messages: list[Message] = []
+        for index, (question, turn) in enumerate(zip(workload.questions, turns, strict=True)):
+            messages = [*messages, _question(question, workload.images if index == 0 else [])]
+            before = runs[0]
+            text, answer = _ask(engine, messages, workload.options)
+            turn.reused.append(answer)
+            turn.tower_runs_reused.append(runs[0] - before)
+            prompts.append(messages)
+            texts.append(text)
+            messages = [*messages, {"role": "assistant", "content": text}]
+    with _warm_engine(predictor, workload, _KEEPING_NOTHING) as forgetful:
+        for turn, messages, text in zip(turns, prompts, texts, strict=True):
+            before = runs[0]
+            text_anew, answer = _ask(forgetful, messages, workload.options)
+            turn.anew.append(answer)
+            turn.tower_runs_anew.append(runs[0] - before)
+            turn.num_different += text != text_anew
+
+
+@contextmanager
+def _warm_engine(predictor: Predictor, workload: ChatWorkload, settings: EngineSettings) -> Iterator[LocalEngine]:
+    """An engine whose thread has worked before, since its first work pays for PyTorch's start there."""
+    engine = _engine(predictor, settings)
+    try:
+        engine.use_model(lambda predictor: _read(predictor, workload))
+        yield engine
+    finally:
+        engine.close()
 
 
 _KEEPING_NOTHING = EngineSettings(max_conversations=0, max_image_bytes=0)
