@@ -54,7 +54,7 @@ def check_plot_path(path: str) -> Path:
     if not checked.parent.is_dir():
         raise UserError(f"--plot {path}: there is no folder {str(checked.parent)!r}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--plot needs matplotlib, which is not installed: pip install 'llava-saep[bench]'")
+        raise UserError("--plot needs matplotlib, which is not installed; in the repository: pip install -e '.[bench]'")
     return checked
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from llava_saep.errors import UserError
 from llava_saep.program import AbbreviatingParser
-from llava_saep.serve.access import add_access_flags, bind_socket, check_access, is_loopback
+from llava_saep.serve.access import API_KEY_VARIABLE, add_access_flags, bind_socket, check_access, is_loopback
 from llava_saep.serve.engine_flags import add_engine_flags, engine_settings_from
 from llava_saep.serve.limits import Limits, add_limit_flags, limits_from
 from llava_saep.serve.replica_settings import ReplicaSettings, add_replica_flags, replica_settings_from
@@ -52,7 +52,7 @@ def build_parser() -> AbbreviatingParser:
 def _add_api_flags(parser: AbbreviatingParser) -> None:
     parser.add_flag(
         "api-key-file",
-        help="file of keys, one a line; requests must show one (so does the variable LLAVA_SAEP_API_KEY)",
+        help=f"file of keys, one a line; requests must show one (so does the variable {API_KEY_VARIABLE})",
     )
     parser.add_flag(
         "allowed-image-hosts",
@@ -209,7 +209,7 @@ def introduction(engines: "Mapping[str, Engine]", host: str, port: int, *, needs
             f"  {name}: {model.projector} projector, {model.tokens_per_image} tokens per image, "
             f"context {model.context_length or 'unlimited'}, {model.device}, {model.dtype}"
         )
-    key = ' -H "Authorization: Bearer $LLAVA_SAEP_API_KEY"' if needs_key else ""
+    key = f' -H "Authorization: Bearer ${API_KEY_VARIABLE}"' if needs_key else ""
     return "\n".join(
         [
             *lines,

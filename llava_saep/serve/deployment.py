@@ -57,7 +57,9 @@ def deployed(
 
 def _import_ray() -> Any:
     if importlib.util.find_spec("ray") is None:
-        raise UserError('--replicas needs Ray Serve, which is not installed: pip install "llava-saep[serve]"')
+        raise UserError(
+            '--replicas needs Ray Serve, which is not installed; in the repository: pip install -e ".[serve]"'
+        )
     os.environ |= _environment(os.environ)  # Ray reads it when it is imported
     import ray
     import ray.serve

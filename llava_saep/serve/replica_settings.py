@@ -49,7 +49,7 @@ class ReplicaSettings:
 def add_replica_flags(parser: AbbreviatingParser) -> None:
     """Give a parser --replicas and what goes with it."""
     default = ReplicaSettings()
-    group = parser.add_argument_group("several replicas, on Ray Serve (pip install 'llava-saep[serve]')")
+    group = parser.add_argument_group("several replicas, on Ray Serve (in the repository: pip install -e '.[serve]')")
     helps = {
         "replicas": (int, "copies of the model; without it one, in this process and without Ray"),
         "max_replicas": (int, "start more while all are busy, up to so many"),

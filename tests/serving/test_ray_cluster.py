@@ -15,7 +15,7 @@ import pytest
 
 from tests.fixtures.programs import free_port, running
 
-pytest.importorskip("ray", reason="needs the extra serve: pip install 'llava-saep[serve]'")
+pytest.importorskip("ray", reason="needs the extra serve: pip install -e '.[serve]'")
 pytestmark = pytest.mark.slow
 
 

@@ -23,7 +23,7 @@ from tests.fixtures.model import write_model
 from tests.fixtures.programs import Program, listeners, running
 from tests.fixtures.tiny import write_image
 
-pytest.importorskip("ray", reason="needs the extra serve: pip install 'llava-saep[serve]'")
+pytest.importorskip("ray", reason="needs the extra serve: pip install -e '.[serve]'")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 KEY = "a-key-of-the-tests-alone"

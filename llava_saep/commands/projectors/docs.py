@@ -98,7 +98,16 @@ def reference_page() -> str:
     """The whole page, Markdown."""
     entries = [document_spec(spec) for spec in built_in_specs()]
     sections = "\n".join("\n".join(_section(entry)) for entry in entries)
-    return "\n".join([_INTRODUCTION, *_overview(entries), "", sections, _ADDING])
+    return "\n".join([_INTRODUCTION, _class_tokens(entries), *_overview(entries), "", sections, _ADDING])
+
+
+def _class_tokens(entries: Sequence["Entry"]) -> str:
+    options = {"keep_cls_token": True}
+    takers = [f"`{e.spec.name}`" for e in entries if describe_projector(e.spec.name, e.sizes, options).error is None]
+    return (
+        f"The class token (`keep_cls_token=true`, or `--mm_vision_select_feature cls_patch`) is taken by\n"
+        f"{', '.join(takers[:-1])} and {takers[-1]}; the others work on the map of patches and refuse it.\n"
+    )
 
 
 def built_in_specs() -> list[ProjectorSpec]:
@@ -188,7 +197,7 @@ def _description(docstring: str) -> Iterator[str]:
             yield f"```\n{text}\n```\n"
         else:
             # What the class was made from, and which original weights load, is easier to find in bold.
-            yield re.sub(r"^Source:", "**Source and original checkpoints:**", _prose(text)) + "\n"
+            yield re.sub(r"^Sources?:", "**Source and original checkpoints:**", _prose(text)) + "\n"
 
 
 def _options(spec: ProjectorSpec) -> Iterator[str]:

@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from llava_saep.generation import GenerationOptions
 from llava_saep.model.projector_selection import trusting_projector_code
 from llava_saep.model.quantization import QuantizationConfig
 from llava_saep.program import AbbreviatingParser
-from llava_saep.serve.access import add_access_flags, bind_socket, check_access
+from llava_saep.serve.access import API_KEY_VARIABLE, add_access_flags, bind_socket, check_access
 from llava_saep.serve.demo.accounts import hash_password, password_check, read_accounts
 from llava_saep.serve.demo.catalog import ModelCatalog, ModelEntry, describe_folder, find_models
 from llava_saep.serve.demo.settings import MAX_HISTORY_BYTES, MAX_UPLOADS_BYTES, DemoSettings
@@ -41,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
         (("--model-path", "--model_path"), "folder that training wrote (--output_dir), or hub name; loaded at start"),
         (("--models-dir", "--models_dir"), "folder whose checkpoints are offered; they are loaded when asked for"),
         (("--api",), "address of a server with OpenAI's protocol, such as llava-saep serve; its models are offered"),
-        (("--api-key-file", "--api_key_file"), "file with that server's key (or the variable LLAVA_SAEP_API_KEY)"),
+        (("--api-key-file", "--api_key_file"), f"file with that server's key (or the variable {API_KEY_VARIABLE})"),
         (("--model-base", "--model_base"), "language model of a projector or adapter, where that is not known"),
         (("--conv-mode", "--conv_mode"), "conversation template (default: the one that a model was trained with)"),
         (("--device",), "cpu, cuda, cuda:1, ... (default: a GPU where there is one)"),
@@ -100,7 +101,9 @@ def main(argv: Sequence[str], *, ask_password: Callable[[str], str]) -> int:
     """
     args = build_parser().parse_args(argv)
     if args.hash_password:
-        name, password = input("name: "), ask_password("password: ")
+        # Standard output is often redirected into the file of accounts, where a prompt would be part of the name.
+        print("name: ", end="", file=sys.stderr, flush=True)
+        name, password = input(), ask_password("password: ")
         print(f"{name}:{hash_password(password)}")
         return 0
     accounts = None if args.auth_file is None else read_accounts(args.auth_file)

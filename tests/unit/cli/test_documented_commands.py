@@ -47,21 +47,31 @@ def test_projector_that_breaks_the_contract_exits_with_1(tmp_path, capsys):
     assert "failed   output_has_the_promised_shape" in capsys.readouterr().out
 
 
-PAGES = (
-    "README.md",
-    "CONTRIBUTING.md",
-    "docs/architecture.md",
-    "docs/coming_from_llava.md",
-    "docs/evaluation.md",
-    "docs/running.md",
-    "docs/serving.md",
-    "playground/recipes/README.md",
+PAGES = sorted(
+    page.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "docs/*.md", "*/README.md", "playground/*/README.md", "playground/*/*/README.md")
+    for page in ROOT.glob(pattern)
 )
+
+
+def anchors(page):
+    """Names of a page's headings in addresses, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_all_pages_are_looked_at():
+    assert {"README.md", "docs/results.md", "docs/comparison.md", "deepspeed_configs/README.md"} <= set(PAGES)
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_between_the_pages_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    targets = re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", text)
-    missing = [target for target in targets if not ((ROOT / page).parent / target).exists()]
+    targets = re.findall(r"\]\((?!https?:|mailto:)([^)#]*)(?:#([^)]*))?\)", text)
+    missing = []
+    for path, anchor in targets:
+        target = (ROOT / page).parent / path if path else ROOT / page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            missing.append(f"{path}#{anchor}")
     assert missing == []

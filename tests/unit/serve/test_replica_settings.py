@@ -76,7 +76,7 @@ def test_own_ray_reports_to_nobody_and_is_this_programs_alone():
 
 def test_missing_ray_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'pip install "llava-saep\[serve\]"'):
+    with pytest.raises(UserError, match=r'pip install -e "\.\[serve\]"'):
         _import_ray()
 
 

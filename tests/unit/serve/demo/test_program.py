@@ -53,7 +53,7 @@ def test_likes_go_to_a_file_of_the_current_folder_unless_nobody_shall_be_asked(t
 
 
 def test_a_password_becomes_a_line_of_the_file(monkeypatch, capsys):
-    monkeypatch.setattr("builtins.input", lambda prompt: "ada")
+    monkeypatch.setattr("builtins.input", lambda prompt="": print(prompt, end="") or "ada")
     assert program.main(["--hash-password"], ask_password=lambda prompt: "secret") == 0
     name, _, stored = capsys.readouterr().out.strip().partition(":")
     assert name == "ada" and is_right_password("secret", stored)
