@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,8 @@ from llava_saep.evaluation.tasks._base import ImageSource
 if TYPE_CHECKING:
     from llava_saep.generation import GenerationOptions, Predictor
     from llava_saep.model.quantization import QuantizationConfig
+
+logger = logging.getLogger(__name__)
 
 _NO_IMAGE = Path("image")
 """Stands for an image where only the text around it is wanted."""
@@ -58,7 +61,7 @@ class AskedModel:
         from llava_saep.generation import Predictor
 
         if not choice.path.is_dir():
-            raise UserError(f"{choice.path}: no such folder; --model_path names what training wrote (its --output_dir)")
+            raise UserError(f"{choice.path}: no such folder; --model-path names what training wrote (its --output_dir)")
         predictor = Predictor.from_pretrained(
             choice.path,
             device=ranks.device_of_rank(choice.device),
@@ -69,6 +72,22 @@ class AskedModel:
         )
         fingerprint = ranks.from_rank_zero(lambda: _fingerprint(choice))
         return cls(choice=choice, predictor=predictor, fingerprint=fingerprint)
+
+    def fit(self, options: GenerationOptions, description: str) -> GenerationOptions:
+        """Lower an answer's limit where the model's context is too short for it, and say so.
+
+        Args:
+            description: of what is asked.
+        """
+        fitted = self.predictor.fit(options)
+        if fitted != options:
+            logger.warning(
+                "%s: answers of up to %d tokens leave no room for a prompt in the model's context; %d are allowed",
+                description,
+                options.max_new_tokens,
+                fitted.max_new_tokens,
+            )
+        return fitted
 
     def asking(
         self,

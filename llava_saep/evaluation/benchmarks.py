@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,8 +28,6 @@ from llava_saep.evaluation.tasks import Answer, JudgedTask, Task, TaskQuestion, 
 
 if TYPE_CHECKING:
     from llava_saep.generation import GenerationOptions
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T", bound=Task)
 
@@ -98,6 +95,16 @@ def evaluate_benchmarks(
             write_result(benchmark_folder(settings, selected), entry)
             write_overview(settings.output_dir, collect_results(settings.output_dir, model.fingerprint))
     return entries
+
+
+def unscored(entries: Mapping[str, Mapping[str, Any]], tasks: Sequence[TaskSplit]) -> dict[str, str]:
+    """Benchmarks whose answers were to be scored and were not, with the reason, by label.
+
+    Args:
+        entries: what `evaluate_benchmarks` returned.
+    """
+    due = [each.label for each in tasks if each.task.has_labels(each.split)]
+    return {label: "; ".join(entries[label]["notes"]) for label in due if entries[label]["result"] is None}
 
 
 def score_answer_file(selected: TaskSplit, answers: Sequence[Answer], path: Path, settings: BenchmarkSettings) -> dict:
@@ -190,16 +197,7 @@ def decoding_options(model: AskedModel, task: Task, settings: BenchmarkSettings)
     """Greedy, with the benchmark's limit, or less where the model's context is short."""
     from llava_saep.generation import GenerationOptions
 
-    options = GenerationOptions(max_new_tokens=settings.max_new_tokens or task.max_new_tokens)
-    fitted = model.predictor.fit(options)
-    if fitted != options:
-        logger.warning(
-            "%s: answers of up to %d tokens leave no room for a prompt in the model's context; %d are allowed",
-            task.name,
-            options.max_new_tokens,
-            fitted.max_new_tokens,
-        )
-    return fitted
+    return model.fit(GenerationOptions(max_new_tokens=settings.max_new_tokens or task.max_new_tokens), task.name)
 
 
 def answer_of(record: Record) -> Answer:

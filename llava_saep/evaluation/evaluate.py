@@ -109,7 +109,7 @@ def evaluate_questions(
     if on_bad_image != "exclude":
         check_images(asked)
     model = AskedModel.load(choice)
-    options = GenerationOptions(max_new_tokens=max_new_tokens)
+    options = model.fit(GenerationOptions(max_new_tokens=max_new_tokens), "questions")
     ask = partial(model.asking, options, batch_size=batch_size, on_bad_image=on_bad_image or "exclude")
     answer = partial(answer_questions, asked, model_id=choice.model_id, fingerprint=model.answers_fingerprint(options))
     seeing = answer(ask(), answers_path=output_dir / "answers.jsonl", description="with images")

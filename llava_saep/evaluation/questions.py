@@ -42,7 +42,7 @@ def read_questions(path: Path, *, ids_are_unique: bool = True) -> list[Question]
         # Not splitlines: it also cuts at characters such as U+2028, which JSON leaves inside of texts.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file. --question_file names a file with one JSON object per line.") from error
+        raise UserError(f"{path}: no such file. --question-file names a file with one JSON object per line.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error}).") from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]

@@ -116,7 +116,7 @@ def check_images(questions: Iterable[TaskQuestion]) -> None:
     if missing:
         raise UserError(
             f"{len(missing)} images of the question file are missing, the first one {missing[0]}. "
-            "--image_folder names the folder that the paths in a question file are relative to, --data-dir the one "
+            "--image-folder names the folder that the paths in a question file are relative to, --data-dir the one "
             "with the folders of the benchmarks; llava-saep eval --on_bad_image exclude leaves such questions out."
         )
 
@@ -313,7 +313,7 @@ class _Run:
         if len(positions) == 1:
             raise ranks.RankError(
                 f"question {self.questions[positions[0]].question_id!r} does not fit into memory even alone; shorten "
-                "answers (--max_new_tokens), load the model in 4 or 8 bits, or use a device with more memory"
+                "answers (--max-new-tokens), load the model in 4 or 8 bits, or use a device with more memory"
             )
         queue.put_back_halved(positions)
         _free_cached_memory()

@@ -1,13 +1,20 @@
 """The flags of `llava-saep compare`."""
 
 import argparse
+from collections.abc import Sequence
 
-from llava_saep.commands.evaluate.flags import add_flag
+from llava_saep.commands.evaluate.flags import DEFAULT_BATCH_SIZE, add_flag, add_judge_flags, check_judge_flags
 from llava_saep.errors import UserError
 from llava_saep.evaluation.tasks._base import DATA_ROOT
 from llava_saep.program import AbbreviatingParser
 
-DEFAULT_WORLD, DEFAULT_BUDGET = "free", "standard"
+DEFAULT_WORLD, DEFAULT_BUDGET, DEFAULT_SEEDS = "free", "standard", 3
+_OF_TRAINING = ("recipe", "world", "budget", "seeds")
+_OF_BENCHMARKS = ("limit", "data_dir", "judge_url", "judge_model", "judge_key_file")
+_OF_MODELS = (
+    *("question_file", "task", "image_folder", "max_new_tokens", "batch_size", "trust_projector_code"),
+    *_OF_BENCHMARKS,
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -21,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_flag("output-dir", required=True, help="folder of this comparison: data, runs and report")
     _add_training_flags(made.add_argument_group("projectors that are trained"))
     _add_model_flags(made.add_argument_group("models that are trained already"))
+    add_judge_flags(made.add_argument_group("who rates free answers of trained models (mm-vet, llava-bench)"))
     both = made.add_argument_group("both")
     both.add_argument("--reference", help="what the others are compared with in pairs (default: the first one)")
     both.add_argument("--jobs", type=int, help="runs at once (default: as many as cores; 1 on a GPU, or of models)")
@@ -31,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_training_flags(group) -> None:
     group.add_argument("--projectors", help="as in saep,saep(stride=1),mlp2x_gelu: names, options in brackets")
-    group.add_argument("--seeds", type=int, default=3, help="runs of each projector, seeds 0 to N-1 (default 3)")
+    group.add_argument("--seeds", type=int, help=f"runs of each projector, seeds 0 to N-1 (default {DEFAULT_SEEDS})")
     group.add_argument("--budget", help=f"quick, standard, full, or stage 2's number of steps ({DEFAULT_BUDGET})")
     group.add_argument("--world", choices=("cells", "free"), help=f"of the embedded scenes (default: {DEFAULT_WORLD})")
     group.add_argument("--recipe", metavar="FILE", help="train this in place of the embedded job (JSON)")
@@ -42,28 +50,29 @@ def _add_model_flags(group) -> None:
     add_flag(group, "question-file", help="one JSON object per line, with `answer`")
     add_flag(group, "image-folder", help="default: images/ beside the question file, or else the folder that it is in")
     add_flag(group, "task", help="benchmarks in place of a question file, as in `llava-saep eval`: pope,gqa")
-    add_flag(group, "data-dir", default=str(DATA_ROOT), help="LLaVA's evaluation folders (default: %(default)s)")
+    add_flag(group, "data-dir", help=f"LLaVA's evaluation folders (default: {DATA_ROOT})")
     add_flag(group, "limit", type=int, help="only the first questions of each benchmark, to try things out")
-    add_flag(group, "batch-size", type=int, default=32, help="default %(default)s")
+    add_flag(group, "batch-size", type=int, help=f"default {DEFAULT_BATCH_SIZE}")
     add_flag(group, "max-new-tokens", type=int, help="default: what the benchmark allows; 64 for a question file")
     add_flag(group, "trust-projector-code", action="store_true", help="as in `llava-saep eval`")
 
 
 def check_flags(arguments: argparse.Namespace) -> None:
-    """Refuse flags that contradict each other or are out of range.
+    """Refuse flags that contradict each other, would change nothing, or are out of range.
 
     Raises:
         UserError: with the flags as they were given.
     """
     if bool(arguments.projectors) == bool(arguments.model_path):
         raise UserError("name either --projectors NAMES, which are trained, or --model-path FOLDERS, which are not")
-    of_training = {"--recipe": arguments.recipe, "--world": arguments.world, "--budget": arguments.budget}
-    given = [flag for flag, value in of_training.items() if value is not None]
-    if arguments.model_path and given:
-        raise UserError(f"{given[0]} says how to train, and --model-path names what is trained already")
-    if arguments.recipe and len(given) > 1:
-        raise UserError(f"{given[1]} belongs to the embedded job; with --recipe the recipe says it")
-    _check_questions(arguments)
+    if arguments.model_path:
+        _refuse(arguments, _OF_TRAINING, "says how to train, and --model-path names what is trained already")
+        _check_questions(arguments)
+    else:
+        why = "belongs to --model-path; with --projectors the recipe says what is asked, and how"
+        _refuse(arguments, _OF_MODELS, why)
+    if arguments.recipe:
+        _refuse(arguments, ("world", "budget"), "belongs to the embedded job; with --recipe the recipe says it")
     for flag in ("seeds", "jobs", "threads", "batch_size", "max_new_tokens", "limit"):
         value = getattr(arguments, flag)
         if value is not None and value < 1:
@@ -71,13 +80,16 @@ def check_flags(arguments: argparse.Namespace) -> None:
 
 
 def _check_questions(arguments: argparse.Namespace) -> None:
-    what = {"--question-file": arguments.question_file, "--task": arguments.task}
-    given = [flag for flag, value in what.items() if value is not None]
-    if arguments.model_path and len(given) != 1:
+    if (arguments.question_file is None) == (arguments.task is None):
         raise UserError("--model-path needs either --question-file or --task")
-    what |= {"--image-folder": arguments.image_folder, "--max-new-tokens": arguments.max_new_tokens}
-    given = [flag for flag, value in what.items() if value is not None]
-    if arguments.projectors and given:
-        raise UserError(f"{given[0]} belongs to --model-path; with --projectors the recipe says what is asked, and how")
-    if arguments.task is None and arguments.limit is not None:
-        raise UserError("--limit is for benchmarks (--task)")
+    if arguments.task is None:
+        _refuse(arguments, _OF_BENCHMARKS, "is for benchmarks (--task)")
+    else:
+        _refuse(arguments, ("image_folder",), "belongs to --question-file; benchmarks have folders of their own")
+    check_judge_flags(arguments)
+
+
+def _refuse(arguments: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    given = [name for name in names if getattr(arguments, name) not in (None, False)]
+    if given:
+        raise UserError(f"--{given[0].replace('_', '-')} {why}")

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_saep.commands.compare.flags import DEFAULT_BUDGET, DEFAULT_WORLD
+from llava_saep.commands.compare.flags import DEFAULT_BUDGET, DEFAULT_SEEDS, DEFAULT_WORLD
+from llava_saep.commands.evaluate.flags import DEFAULT_BATCH_SIZE, DEFAULT_MAX_NEW_TOKENS
 from llava_saep.errors import UserError
 from llava_saep.evaluation.comparison.choice import Choice, parse_choices, selected
 from llava_saep.evaluation.comparison.recipe import RECIPE_FILE, Recipe, read_recipe
@@ -22,7 +23,6 @@ from llava_saep.evaluation.tasks import TaskQuestion
 ROOT = Path(__file__).parents[3]
 EMBEDDED = ROOT / "playground" / "comparison.py"
 """Writes data and recipe of the embedded job. It is run as a program: what is installed imports no playground."""
-DEFAULT_MAX_NEW_TOKENS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +68,9 @@ def _plan_training(arguments: argparse.Namespace) -> Comparison:
     _check_placeable(choices, recipe)
     questions = read_questions(recipe.question_file)
     _refuse_unscored(questions, recipe.question_file)
+    seeds = range(arguments.seeds or DEFAULT_SEEDS)
     return Comparison(
-        runs=tuple(training_runs(choices, range(arguments.seeds), recipe, folder.absolute(), placement)),
+        runs=tuple(training_runs(choices, seeds, recipe, folder.absolute(), placement)),
         recipe=recipe,
         questions=_as_asked(questions, recipe.image_folder),
         plan={"kind": "training", "recipe": content, **_described(placement)},
@@ -114,7 +115,7 @@ def _plan_models(arguments: argparse.Namespace) -> Comparison:
         question_file=question_file.absolute(),
         image_folder=image_folder.absolute(),
         max_new_tokens=arguments.max_new_tokens or DEFAULT_MAX_NEW_TOKENS,
-        batch_size=arguments.batch_size,
+        batch_size=arguments.batch_size or DEFAULT_BATCH_SIZE,
         projector_options={},
     )
     models, placement, folder = _find_models(arguments), _placement(arguments), Path(arguments.output_dir)
@@ -139,23 +140,27 @@ def _plan_models(arguments: argparse.Namespace) -> Comparison:
 
 
 def _plan_benchmarks(arguments: argparse.Namespace) -> Comparison:
+    from llava_saep.commands.evaluate.tasks import chosen_judge
     from llava_saep.evaluation.benchmarks import BenchmarkSettings
     from llava_saep.evaluation.requirements import check_requirements, task_folder
     from llava_saep.evaluation.tasks import select_tasks
+    from llava_saep.evaluation.tasks._base import DATA_ROOT
 
     tasks = select_tasks([arguments.task])
     if not tasks:
         raise UserError(f"--task {arguments.task!r} names no benchmark; `llava-saep eval --task list` prints all")
-    data_dir = Path(arguments.data_dir).expanduser().absolute()
+    data_dir = Path(arguments.data_dir or DATA_ROOT).expanduser().absolute()
     check_requirements(data_dir, tasks)
+    judge = chosen_judge(arguments)
     questions = [q for each in tasks for q in each.task.questions(task_folder(data_dir, each), each.split)]
     models, placement, folder = _find_models(arguments), _placement(arguments), Path(arguments.output_dir)
     settings = BenchmarkSettings(
         data_dir=data_dir,
         output_dir=folder.absolute(),
-        batch_size=arguments.batch_size,
+        batch_size=arguments.batch_size or DEFAULT_BATCH_SIZE,
         limit=arguments.limit,
         max_new_tokens=arguments.max_new_tokens,
+        judge=judge,
     )
     trusts = arguments.trust_projector_code
     labels = [each.label for each in tasks]
@@ -165,6 +170,7 @@ def _plan_benchmarks(arguments: argparse.Namespace) -> Comparison:
         "limit": arguments.limit,
         "max_new_tokens": arguments.max_new_tokens,
         "questions": questions_fingerprint(questions),
+        **({"judge": {"url": judge.url, "model": judge.model}} if judge else {}),
     }
     return Comparison(
         runs=tuple(benchmark_runs(models, arguments.task, settings, placement, trust_projector_code=trusts)),
@@ -180,13 +186,19 @@ def _plan_benchmarks(arguments: argparse.Namespace) -> Comparison:
 
 
 def _find_models(arguments: argparse.Namespace) -> dict[str, Path]:
-    """Folders of the models by label; those of the hub are fetched."""
+    """Folders of the models by label; those of the hub are fetched.
+
+    Raises:
+        UserError: one is absent, or holds no model that can be loaded.
+    """
     from llava_saep.model.hub import local_folder
+    from llava_saep.model.loading import inspect_folder
 
     folders = {label: Path(local_folder(path)) for label, path in labelled(arguments.model_path).items()}
     for folder in folders.values():
         if not folder.is_dir():
             raise UserError(f"--model-path {folder}: no such folder")
+        inspect_folder(folder)
     return folders
 
 

@@ -11,14 +11,14 @@ DEFAULT_MAX_NEW_TOKENS = 64
 """For question files; benchmarks have limits of their own."""
 
 _DESCRIPTION = """\
-Answer benchmarks (--task) or a question file of your own (--question_file), and score the answers. An interrupted run
+Answer benchmarks (--task) or a question file of your own (--question-file), and score the answers. An interrupted run
 goes on where it stopped when the same command is given again.
 
   llava-saep eval --task list                                         what benchmarks there are
   llava-saep eval doctor --task pope,gqa                              which files are missing, and where to get them
   llava-saep eval --model-path DIR --task pope,gqa                    answers, scores, upload files
   llava-saep eval --task pope --answers answers.jsonl                 score answers that are there, LLaVA's too
-  llava-saep eval --model-path DIR --question_file questions.jsonl    your own, one JSON object per line: question_id,
+  llava-saep eval --model-path DIR --question-file questions.jsonl    your own, one JSON object per line: question_id,
                                                                       image, text, category, answer; scored by the
                                                                       final words of each generated answer
 """
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         help="questions whose image will not open: leave out and report, or stop (default: stop before the start where "
         "files are missing, leave out those that turn out damaged)",
     )
-    _add_judge_flags(made.add_argument_group("who rates free answers (mm-vet, llava-bench)"))
+    add_judge_flags(made.add_argument_group("who rates free answers (mm-vet, llava-bench)"))
     # The deepspeed launcher hands it to each rank, which reads it from the environment.
     made.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return made
@@ -82,7 +82,8 @@ def _add_model_flags(group) -> None:
     )
 
 
-def _add_judge_flags(group) -> None:
+def add_judge_flags(group) -> None:
+    """Add the flags that name a judge; `check_judge_flags` looks at what they were given."""
     add_flag(group, "judge-url", help="an OpenAI-compatible endpoint, such as https://api.openai.com/v1")
     add_flag(group, "judge-model", help="the name by which the endpoint knows the model")
     add_flag(
@@ -99,20 +100,31 @@ def check_flags(arguments: argparse.Namespace) -> None:
         UserError: with the flags as they were given.
     """
     if (arguments.task is None) == (arguments.question_file is None):
-        raise UserError("name either benchmarks (--task pope,gqa) or a question file (--question_file FILE)")
+        raise UserError("name either benchmarks (--task pope,gqa) or a question file (--question-file FILE)")
     if arguments.model_path is None and arguments.answers is None:
-        raise UserError("--model_path is missing: which model shall answer? (--answers FILE scores without one)")
+        raise UserError("--model-path is missing: which model shall answer? (--answers FILE scores without one)")
     if arguments.batch_size < 1:
-        raise UserError(f"--batch_size must be at least 1, got {arguments.batch_size}")
+        raise UserError(f"--batch-size must be at least 1, got {arguments.batch_size}")
     if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
-        raise UserError(f"--max_new_tokens must be at least 1, got {arguments.max_new_tokens}")
+        raise UserError(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit must be at least 1, got {arguments.limit}")
-    if (arguments.judge_url is None) != (arguments.judge_model is None):
-        raise UserError("a judge needs both --judge-url and --judge-model")
+    check_judge_flags(arguments)
     only_for_tasks = {"--answers": arguments.answers, "--limit": arguments.limit, "--judge-url": arguments.judge_url}
     given = [flag for flag, value in only_for_tasks.items() if value is not None]
     if arguments.task is None and given:
         raise UserError(f"{given[0]} is for benchmarks (--task)")
     if arguments.task is not None and arguments.blind:
-        raise UserError("--blind is for question files (--question_file)")
+        raise UserError("--blind is for question files (--question-file)")
+
+
+def check_judge_flags(arguments: argparse.Namespace) -> None:
+    """Refuse half a judge.
+
+    Raises:
+        UserError: only one of address and model is there, or a key for no judge.
+    """
+    if (arguments.judge_url is None) != (arguments.judge_model is None):
+        raise UserError("a judge needs both --judge-url and --judge-model")
+    if arguments.judge_key_file is not None and arguments.judge_url is None:
+        raise UserError("--judge-key-file is for a judge, and there is none: --judge-url and --judge-model name it")

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from llava_saep.errors import UserError
 from llava_saep.evaluation.asking import ModelChoice
 
 
@@ -45,11 +46,21 @@ def idle_gpus_hint(device: str | None, num_gpus: int, num_ranks: int) -> str:
 
 
 def chosen_output_dir(arguments: argparse.Namespace) -> Path:
-    """Where answers and reports go."""
+    """Where answers and reports go.
+
+    Raises:
+        UserError: that is the model's own folder, whose files tell whether answers are this model's.
+    """
     from llava_saep.model.hub import is_hub_name
 
-    if arguments.output_dir:
-        return Path(arguments.output_dir).expanduser()
     path = Path(arguments.model_path).expanduser()
+    if arguments.output_dir:
+        output_dir = Path(arguments.output_dir).expanduser()
+        if output_dir.resolve() == path.resolve():
+            raise UserError(
+                f"--output-dir {output_dir} is the model's own folder, where reports would pass for parts of the "
+                f"model; name another one, or none: then it is {path / 'evaluation'}"
+            )
+        return output_dir
     # Beside a model of the hub nobody would find the answers.
     return Path("evaluation") / path.name if is_hub_name(path) else path / "evaluation"

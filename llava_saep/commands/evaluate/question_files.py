@@ -1,4 +1,4 @@
-"""`llava-saep eval --question_file`: answers to questions of one's own, scored by their final words."""
+"""`llava-saep eval --question-file`: answers to questions of one's own, scored by their final words."""
 
 import argparse
 from pathlib import Path

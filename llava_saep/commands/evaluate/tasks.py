@@ -10,6 +10,7 @@ from llava_saep.evaluation.benchmarks import (
     check_benchmarks,
     evaluate_benchmarks,
     score_answer_file,
+    unscored,
 )
 from llava_saep.evaluation.judge import Judge, find_api_key
 from llava_saep.evaluation.results import terminal_report
@@ -57,8 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     print("\n" + terminal_report(entries))
     print(f"\nanswers and results: {settings.output_dir}")
-    unscored = [each for each in tasks if entries[each.label]["result"] is None and each.task.has_labels(each.split)]
-    return NOT_SCORED_EXIT_CODE if unscored else 0
+    return NOT_SCORED_EXIT_CODE if unscored(entries, tasks) else 0
 
 
 def score_answers(arguments: argparse.Namespace) -> int:
@@ -85,10 +85,6 @@ def score_answers(arguments: argparse.Namespace) -> int:
 
 
 def _settings(arguments: argparse.Namespace, output_dir: Path) -> BenchmarkSettings:
-    judge = None
-    if arguments.judge_url is not None:
-        key = find_api_key(arguments.judge_key_file)
-        judge = Judge(url=arguments.judge_url, model=arguments.judge_model, api_key=key)
     return BenchmarkSettings(
         data_dir=Path(arguments.data_dir).expanduser(),
         output_dir=output_dir,
@@ -96,5 +92,16 @@ def _settings(arguments: argparse.Namespace, output_dir: Path) -> BenchmarkSetti
         limit=arguments.limit,
         max_new_tokens=arguments.max_new_tokens,
         on_bad_image=arguments.on_bad_image,
-        judge=judge,
+        judge=chosen_judge(arguments),
     )
+
+
+def chosen_judge(arguments: argparse.Namespace) -> Judge | None:
+    """The judge that the flags name.
+
+    Raises:
+        UserError: the file of its key cannot be read.
+    """
+    if arguments.judge_url is None:
+        return None
+    return Judge(url=arguments.judge_url, model=arguments.judge_model, api_key=find_api_key(arguments.judge_key_file))

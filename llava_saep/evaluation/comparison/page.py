@@ -124,7 +124,7 @@ def _accuracy(results: Results) -> str:
 def _interval_note(counts: Sequence[int]) -> str:
     over_seeds = (
         "Below each value its 95 % interval by Student's t over the seeds (runs column: how many): how far the mean of "
-        "other seeds would lie, with these questions and this training data."
+        "other seeds would lie, with these questions and this training data; none where all seeds scored alike."
     )
     single = "A single run has Wilson's interval over the questions, which knows nothing of other seeds."
     return " ".join([over_seeds] * any(count > 1 for count in counts) + [single] * (1 in counts))

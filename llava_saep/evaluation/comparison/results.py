@@ -85,7 +85,8 @@ class Difference:
     """An entry's accuracy less the reference's, over the seeds that both have finished and the same questions.
 
     Args:
-        over_seeds: Student's t on the differences of equal seeds; without bounds for one seed.
+        over_seeds: Student's t on the differences of equal seeds; without bounds for one seed, or where all
+            differ alike.
         over_images: bootstrap over images, models held fixed.
         only_here, only_reference: answers, of all seeds, that were right on one side alone.
         p_value: McNemar's, where each side has one model; None otherwise, since answers of several seeds to one

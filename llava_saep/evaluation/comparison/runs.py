@@ -28,7 +28,7 @@ PLAN_FILE = "comparison.json"
 LOCK_FILE = ".lock"
 _BEFORE_A_PLAN = (RECIPE_FILE, LOCK_FILE, "data", "data.unfinished")
 """What a comparison that was killed early may have left without a plan."""
-_PRELOADED = ("llava_saep.train.run", "llava_saep.arguments", "llava_saep.generation", "llava_saep.evaluation.evaluate")
+_PRELOADED = "llava_saep.evaluation.comparison.preloaded"
 _SPEED_WARMUP, _SPEED_REPEATS = 5, 25
 
 Report = Callable[[str], None]
@@ -241,7 +241,7 @@ def _context(device: str) -> BaseContext:
     if device != "cpu":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_PRELOADED))
+    context.set_forkserver_preload([_PRELOADED])
     return context
 
 

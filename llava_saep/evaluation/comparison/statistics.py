@@ -11,11 +11,13 @@ from llava_saep.evaluation.metrics import wilson_interval
 
 NUM_BOOTSTRAP_SAMPLES = 4000
 _LARGEST_QUANTILE = 1e4
+_ALIKE = 1e-9
+"""Shares that differ by less are equal but for rounding: of any number of questions asked here, one counts more."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its 95 % interval; both bounds None where one observation tells nothing about spread."""
+    """A value with its 95 % interval; both bounds None where the observations tell nothing about spread."""
 
     value: float
     low: float | None = None
@@ -56,12 +58,13 @@ def _t_inner_mass(t: float, dof: int) -> float:
 
 
 def mean_over_seeds(values: Sequence[float]) -> Interval:
-    """Mean with the 95 % interval of Student's t; without bounds for one value.
+    """Mean with the 95 % interval of Student's t; without bounds for one value, or where all are alike.
 
-    The interval says how much the mean over other seeds would vary, with these very questions.
+    The interval says how much the mean over other seeds would vary, with these very questions. A few seeds that score
+    alike do not say that all others would too, which an interval of no width would claim.
     """
     mean = sum(values) / len(values)
-    if len(values) < 2:
+    if max(values) - min(values) < _ALIKE:
         return Interval(mean)
     variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
     half_width = student_t_quantile(len(values) - 1) * math.sqrt(variance / len(values))
@@ -69,7 +72,7 @@ def mean_over_seeds(values: Sequence[float]) -> Interval:
 
 
 def accuracy_interval(num_correct: Sequence[int], num_questions: int) -> Interval:
-    """Accuracy over runs that were asked the same questions: Student's t over seeds, Wilson's for a single run.
+    """Accuracy over runs that were asked the same questions: `mean_over_seeds`, or Wilson's for a single run.
 
     Args:
         num_correct: of each run.
@@ -79,7 +82,9 @@ def accuracy_interval(num_correct: Sequence[int], num_questions: int) -> Interva
     if len(num_correct) == 1:
         return Interval(num_correct[0] / num_questions, *wilson_interval(num_correct[0], num_questions))
     interval = mean_over_seeds([count / num_questions for count in num_correct])
-    return Interval(interval.value, max(0.0, interval.low or 0.0), min(1.0, interval.high or 0.0))
+    if interval.low is None or interval.high is None:
+        return interval
+    return Interval(interval.value, max(0.0, interval.low), min(1.0, interval.high))
 
 
 def paired_bootstrap(

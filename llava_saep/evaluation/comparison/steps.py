@@ -219,17 +219,27 @@ def evaluate(
 def evaluate_tasks(
     model_path: Path, tasks: str, settings: BenchmarkSettings, *, trust_projector_code: bool, device: str
 ) -> dict[str, Any]:
-    """Put benchmarks to the model, as `llava-saep eval --task` does."""
+    """Put benchmarks to the model, as `llava-saep eval --task` does.
+
+    Raises:
+        UserError: answers that were to be scored were not, such as by a judge that refuses. They are kept: the next try
+            scores them. Without any judge the answers for one are no mistake.
+    """
     from llava_saep.evaluation.asking import AskedModel, ModelChoice
-    from llava_saep.evaluation.benchmarks import evaluate_benchmarks
+    from llava_saep.evaluation.benchmarks import evaluate_benchmarks, unscored
     from llava_saep.evaluation.fingerprints import model_fingerprint
-    from llava_saep.evaluation.tasks import select_tasks
+    from llava_saep.evaluation.tasks import JudgedTask, select_tasks
 
     logging.basicConfig(level=logging.INFO)
     choice = ModelChoice(
         path=model_path, model_id=MODEL_ID, device=_visible(device), trust_projector_code=trust_projector_code
     )
-    evaluate_benchmarks(AskedModel.load(choice), select_tasks([tasks]), settings)
+    chosen = select_tasks([tasks])
+    entries = evaluate_benchmarks(AskedModel.load(choice), chosen, settings)
+    due = [each for each in chosen if settings.judge is not None or not isinstance(each.task, JudgedTask)]
+    failed = unscored(entries, due)
+    if failed:
+        raise UserError("; ".join(f"{label}: {why}" for label, why in failed.items()))
     return {"model_fingerprint": model_fingerprint(model_path)}
 
 

@@ -14,6 +14,8 @@ from llava_saep.evaluation.comparison import runs
 from llava_saep.evaluation.comparison.recipe import read_recipe
 from playground import comparison
 from playground.quickstart import SMALL_PROJECTORS
+from tests.fixtures.evaluation_runs import write_mmvet
+from tests.fixtures.judge import chat_reply, running_endpoint
 from tests.fixtures.saved_models import write_saved_model
 from tests.fixtures.tiny import write_bases, write_image
 
@@ -38,6 +40,15 @@ from tests.fixtures.tiny import write_bases, write_image
         ("--projectors saep --image-folder images", "--image-folder belongs to --model-path"),
         ("--projectors saep --task pope", "--task belongs to --model-path"),
         ("--model-path a b", "--model-path needs either --question-file or --task"),
+        ("--projectors saep --data-dir d", "--data-dir belongs to --model-path"),
+        ("--projectors saep --batch-size 5", "--batch-size belongs to --model-path"),
+        ("--projectors saep --trust-projector-code", "--trust-projector-code belongs to --model-path"),
+        ("--projectors saep --judge-model m", "--judge-model belongs to --model-path"),
+        ("--model-path a --question-file q --seeds 2", "--seeds says how to train"),
+        ("--model-path a --question-file q --data-dir d", "--data-dir is for benchmarks"),
+        ("--model-path a --question-file q --judge-url u", "--judge-url is for benchmarks"),
+        ("--model-path a --task mmvet --judge-url u", "a judge needs both"),
+        ("--model-path a --task pope --image-folder i", "--image-folder belongs to --question-file"),
         ("--projectors saep --device gpu9", "--device gpu9: expected cpu"),
     ],
 )
@@ -196,6 +207,36 @@ def test_what_was_left_out_of_benchmarks_is_told_and_other_settings_are_another_
         assert remark in (models / "out" / name).read_text(), name
     assert main([*command, "--max-new-tokens", "5"]) == 2
     assert "holds another comparison (recipe differ)" in capsys.readouterr().err
+
+
+def test_judge_rates_free_answers_and_one_that_refuses_is_asked_again(models, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "_context", lambda device: multiprocessing.get_context("fork"))
+    write_mmvet(models / "data")
+    command = ["compare", "--model-path", str(models / "saep" / "stage2"), str(models / "mlp2x_gelu" / "stage2")]
+    command += ["--task", "mmvet", "--data-dir", str(models / "data"), "--max-new-tokens", "4"]
+    command += ["--output-dir", str(models / "out"), "--device", "cpu"]
+    with running_endpoint() as endpoint:
+        command += ["--judge-url", endpoint.url, "--judge-model", "rater"]
+        endpoint.respond = lambda text, times: (401, "wrong key", {})
+        assert main(command) == 1
+        assert "mmvet: not rated: the judge" in capsys.readouterr().out
+        answers = models / "out" / "runs" / "saep-stage2" / "evaluation" / "mmvet" / "answers.jsonl"
+        before = answers.stat().st_mtime_ns
+        endpoint.respond = lambda text, times: chat_reply("0.5")
+        assert main(command) == 0
+    assert answers.stat().st_mtime_ns == before
+    first = json.loads((models / "out" / "results.json").read_text())["benchmarks"][0]
+    assert [value["value"] for value in first["values"].values()] == [0.5, 0.5]
+    assert json.loads((models / "out" / "comparison.json").read_text())["recipe"]["judge"]["model"] == "rater"
+
+
+def test_folder_without_a_model_is_told_before_anything_is_asked(models, capsys):
+    (models / "empty").mkdir()
+    command = ["compare", "--model-path", str(models / "saep" / "stage2"), str(models / "empty")]
+    command += ["--question-file", str(models / "held" / "questions.jsonl"), "--output-dir", str(models / "out")]
+    assert main(command) == 2
+    assert f"{models / 'empty'} has no config.json" in capsys.readouterr().err
+    assert not (models / "out").exists()
 
 
 def test_folders_are_told_apart_by_the_end_of_their_paths():

@@ -41,6 +41,14 @@ def flags(folders, *extra):
     return ["eval", "--model_path", str(folders / "model"), "--question_file", str(question_file), *extra]
 
 
+def test_answers_longer_than_the_context_are_shortened_and_it_is_said(folders, caplog):
+    context_length = generation.Predictor.from_pretrained(MODEL).context_length
+    assert main(flags(folders, "--max-new-tokens", str(context_length))) == 0
+    report = json.loads((folders / "model" / "evaluation" / "report.json").read_text())
+    assert 0 < report["decoding"]["max_new_tokens"] <= context_length // 2
+    assert "leave no room for a prompt" in caplog.text
+
+
 def test_images_beside_the_question_file_are_found_and_both_runs_scored(folders, capsys):
     assert main(flags(folders, "--blind")) == 0
     written = folders / "model" / "evaluation"
@@ -115,7 +123,7 @@ def test_questions_without_answers_are_answered_and_not_scored(folders, capsys):
         (["--model_path", "absent"], "absent: no such folder"),
         (["--question_file", "absent.jsonl"], "absent.jsonl: no such file"),
         (["--image_folder", "absent"], "4 images of the question file are missing"),
-        (["--batch_size", "0"], "--batch_size must be at least 1"),
+        (["--batch_size", "0"], "--batch-size must be at least 1"),
     ],
 )
 def test_mistakes_exit_with_2_and_write_nothing(folders, capsys, extra, message):

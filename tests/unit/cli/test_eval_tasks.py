@@ -291,9 +291,11 @@ def test_malformed_questions_of_any_benchmark_are_found_before_the_first_is_run(
         (["--task", "pope", "--question_file", "q.jsonl"], "name either benchmarks"),
         ([], "name either benchmarks"),
         (["--task", "pope", "--limit", "0"], "--limit must be at least 1"),
-        (["--task", "pope", "--batch-size", "0"], "--batch_size must be at least 1"),
-        (["--task", "pope", "--max-new-tokens", "0"], "--max_new_tokens must be at least 1"),
+        (["--task", "pope", "--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--task", "pope", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
         (["--task", "pope", "--judge-url", "http://x"], "needs both --judge-url and --judge-model"),
+        (["--task", "pope", "--judge-key-file", "key"], "--judge-key-file is for a judge, and there is none"),
+        (["--task", "pope", "--output-dir", TINY_MODEL], "is the model's own folder"),
         (["--task", "pope", "--blind"], "--blind is for question files"),
         (["--question_file", "q.jsonl", "--limit", "3"], "--limit is for benchmarks"),
     ],
@@ -303,7 +305,7 @@ def test_contradicting_flags_are_refused(flags, message, capsys, tmp_path):
 
 
 def test_model_is_needed_unless_there_are_answers(capsys):
-    assert "--model_path is missing" in mistake(capsys, "--task", "pope")
+    assert "--model-path is missing" in mistake(capsys, "--task", "pope")
 
 
 def test_answer_files_of_llava_are_scored_without_a_model(tmp_path, capsys):

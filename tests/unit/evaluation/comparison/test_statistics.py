@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from llava_saep.evaluation.comparison.statistics import (
+    Interval,
     accuracy_interval,
     mcnemar_p_value,
     mean_over_seeds,
@@ -42,6 +43,16 @@ def test_mean_over_three_seeds_by_hand():
 
 def test_one_value_has_no_spread():
     assert mean_over_seeds([0.7]).low is None and mean_over_seeds([0.7]).high is None
+
+
+@pytest.mark.parametrize("values", [[1.0, 1.0, 1.0], [0.1 + 0.2, 0.3, 0.3]])
+def test_seeds_that_score_alike_claim_no_certainty(values):
+    interval = mean_over_seeds(values)
+    assert (interval.value, interval.low, interval.high) == (pytest.approx(values[0]), None, None)
+
+
+def test_accuracy_of_seeds_that_are_all_right_has_no_bounds():
+    assert accuracy_interval([50, 50, 50], 50) == Interval(1.0)
 
 
 def test_interval_of_the_mean_holds_the_truth_95_times_in_100():
