@@ -3,12 +3,13 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from llava_saep.commands.compare.flags import check_flags, parser
 from llava_saep.commands.compare.plan import Comparison, plan_comparison
 from llava_saep.evaluation.comparison.results import Results, collect
-from llava_saep.evaluation.comparison.runs import Run, Runner, claimed, speed_step
-from llava_saep.evaluation.comparison.steps import Placement, read_json, record_path
+from llava_saep.evaluation.comparison.runs import Runner, claim, reserved, speed_step
+from llava_saep.evaluation.comparison.steps import FAILURE_FILE, Placement, describe_judge, read_json, record_path
 
 EXIT_SOME_FAILED = 1
 NUM_DISAGREEMENTS = 12
@@ -18,9 +19,15 @@ def main(argv: Sequence[str]) -> int:
     """Train what is not trained yet, question it, measure, and write the report; 1 when a run failed."""
     arguments = parser().parse_args(argv)
     check_flags(arguments)
-    comparison = plan_comparison(arguments)
-    with claimed(comparison.folder, comparison.plan), _threads_of_children(comparison.placement):
-        forget_changed_models(comparison.runs)
+    with reserved(Path(arguments.output_dir)):
+        comparison = plan_comparison(arguments)
+        claim(comparison.folder, comparison.plan)
+        return _do(comparison, argv)
+
+
+def _do(comparison: Comparison, argv: Sequence[str]) -> int:
+    with _threads_of_children(comparison.placement):
+        forget_changed_models(comparison)
         runner = Runner(comparison.placement, num_jobs=comparison.num_jobs, say=lambda line: print(line, flush=True))
         runner.do(comparison.runs)
         measure_speeds(comparison, runner)
@@ -32,15 +39,24 @@ def main(argv: Sequence[str]) -> int:
     return EXIT_SOME_FAILED if num_failed else 0
 
 
-def forget_changed_models(runs: Sequence[Run]) -> None:
-    """Drop the records of trained models that are others by now than those that were questioned."""
+def forget_changed_models(comparison: Comparison) -> None:
+    """Drop the records of trained models that are others by now than those that were questioned.
+
+    Where another judge is named than the one that rated, or the first one, the questions count as open too: the answers
+    are there, and are rated.
+    """
     from llava_saep.evaluation.fingerprints import model_fingerprint
 
-    for run in runs:
+    judge = describe_judge(comparison.judge)
+    for run in comparison.runs:
         record = read_json(record_path(run.folder, "evaluation"))
-        if run.seed is None and record and record["model_fingerprint"] != model_fingerprint(run.model_path):
+        if run.seed is not None or record is None:
+            continue
+        if record["model_fingerprint"] != model_fingerprint(run.model_path):
             for name in ("evaluation", "speed"):
                 record_path(run.folder, name).unlink(missing_ok=True)
+        elif judge is not None and record.get("judge") != judge:
+            record_path(run.folder, "evaluation").unlink()
 
 
 def measure_speeds(comparison: Comparison, runner: Runner) -> None:
@@ -53,7 +69,10 @@ def measure_speeds(comparison: Comparison, runner: Runner) -> None:
         if finished and not any(record_path(run.folder, "speed").is_file() for run in finished):
             trusts = label in comparison.trusted
             step = speed_step(finished[0], comparison.questions, comparison.placement, trust_projector_code=trusts)
-            runner.do_step(finished[0], step)
+            if runner.do_step(finished[0], step):
+                # An earlier try may have timed another seed, and failed.
+                for run in finished:
+                    (run.folder / FAILURE_FILE).unlink(missing_ok=True)
 
 
 def write_reports(comparison: Comparison, results: Results, command: Sequence[str]) -> None:
@@ -77,7 +96,7 @@ def write_reports(comparison: Comparison, results: Results, command: Sequence[st
     }
     written = write_report(results, facts, comparison.folder, comparison.recipe.image_folder, NUM_DISAGREEMENTS)
     header, rows = first_table(results)
-    print("\n" + terminal_table(rows, header, has_sum_row=not results.benchmarks))
+    print("\n" + terminal_table(rows, header, has_sum_row=not results.asks_benchmarks))
     print("\n".join(all_remarks(results)))
     print("\n" + "\n".join(f"{name:<10} {path}" for name, path in written.items()))
 

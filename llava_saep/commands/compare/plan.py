@@ -14,9 +14,10 @@ from llava_saep.commands.evaluate.flags import DEFAULT_BATCH_SIZE, DEFAULT_MAX_N
 from llava_saep.errors import UserError
 from llava_saep.evaluation.comparison.choice import Choice, parse_choices, selected
 from llava_saep.evaluation.comparison.recipe import RECIPE_FILE, Recipe, read_recipe
-from llava_saep.evaluation.comparison.runs import Run, benchmark_runs, model_runs, refuse_strangers, training_runs
+from llava_saep.evaluation.comparison.runs import Run, benchmark_runs, model_runs, training_runs
 from llava_saep.evaluation.comparison.steps import Placement
 from llava_saep.evaluation.fingerprints import questions_fingerprint
+from llava_saep.evaluation.judge import Judge
 from llava_saep.evaluation.questions import Question, read_questions
 from llava_saep.evaluation.tasks import TaskQuestion
 
@@ -33,6 +34,7 @@ class Comparison:
         plan: what the folder belongs to; another plan is refused there.
         questions: what is asked, of which the first are used to measure speed.
         trusted: labels whose projector is code that the user has named or trusts.
+        judge: rates free answers to benchmarks, if anybody does.
     """
 
     runs: tuple[Run, ...]
@@ -44,6 +46,7 @@ class Comparison:
     num_jobs: int
     reference: str | None
     trusted: frozenset[str]
+    judge: Judge | None = None
 
 
 def plan_comparison(arguments: argparse.Namespace) -> Comparison:
@@ -52,13 +55,14 @@ def plan_comparison(arguments: argparse.Namespace) -> Comparison:
     Raises:
         UserError, ProjectorError: a flag names something that does not exist, or cannot be used.
     """
-    refuse_strangers(Path(arguments.output_dir))
     if arguments.projectors:
         return _plan_training(arguments)
     return _plan_benchmarks(arguments) if arguments.task else _plan_models(arguments)
 
 
 def _plan_training(arguments: argparse.Namespace) -> Comparison:
+    from llava_saep.evaluation.runner import check_images
+
     choices = parse_choices(arguments.projectors)
     reference = _reference(arguments.reference, [choice.label for choice in choices])
     placement = _placement(arguments)
@@ -68,12 +72,19 @@ def _plan_training(arguments: argparse.Namespace) -> Comparison:
     _check_placeable(choices, recipe)
     questions = read_questions(recipe.question_file)
     _refuse_unscored(questions, recipe.question_file)
+    asked = _as_asked(questions, recipe.image_folder)
+    check_images(asked)
     seeds = range(arguments.seeds or DEFAULT_SEEDS)
     return Comparison(
         runs=tuple(training_runs(choices, seeds, recipe, folder.absolute(), placement)),
         recipe=recipe,
-        questions=_as_asked(questions, recipe.image_folder),
-        plan={"kind": "training", "recipe": content, **_described(placement)},
+        questions=asked,
+        plan={
+            "kind": "training",
+            "recipe": content,
+            "questions": questions_fingerprint(asked),
+            **_described(placement),
+        },
         folder=folder,
         placement=placement,
         num_jobs=arguments.jobs or _default_jobs(placement),
@@ -141,8 +152,8 @@ def _plan_models(arguments: argparse.Namespace) -> Comparison:
 
 def _plan_benchmarks(arguments: argparse.Namespace) -> Comparison:
     from llava_saep.commands.evaluate.tasks import chosen_judge
-    from llava_saep.evaluation.benchmarks import BenchmarkSettings
-    from llava_saep.evaluation.requirements import check_requirements, task_folder
+    from llava_saep.evaluation.benchmarks import BenchmarkSettings, check_benchmarks
+    from llava_saep.evaluation.requirements import task_folder
     from llava_saep.evaluation.tasks import select_tasks
     from llava_saep.evaluation.tasks._base import DATA_ROOT
 
@@ -150,9 +161,6 @@ def _plan_benchmarks(arguments: argparse.Namespace) -> Comparison:
     if not tasks:
         raise UserError(f"--task {arguments.task!r} names no benchmark; `llava-saep eval --task list` prints all")
     data_dir = Path(arguments.data_dir or DATA_ROOT).expanduser().absolute()
-    check_requirements(data_dir, tasks)
-    judge = chosen_judge(arguments)
-    questions = [q for each in tasks for q in each.task.questions(task_folder(data_dir, each), each.split)]
     models, placement, folder = _find_models(arguments), _placement(arguments), Path(arguments.output_dir)
     settings = BenchmarkSettings(
         data_dir=data_dir,
@@ -160,8 +168,10 @@ def _plan_benchmarks(arguments: argparse.Namespace) -> Comparison:
         batch_size=arguments.batch_size or DEFAULT_BATCH_SIZE,
         limit=arguments.limit,
         max_new_tokens=arguments.max_new_tokens,
-        judge=judge,
+        judge=chosen_judge(arguments),
     )
+    check_benchmarks(tasks, settings)
+    questions = [q for each in tasks for q in each.task.questions(task_folder(data_dir, each), each.split)]
     trusts = arguments.trust_projector_code
     labels = [each.label for each in tasks]
     described = {
@@ -170,13 +180,13 @@ def _plan_benchmarks(arguments: argparse.Namespace) -> Comparison:
         "limit": arguments.limit,
         "max_new_tokens": arguments.max_new_tokens,
         "questions": questions_fingerprint(questions),
-        **({"judge": {"url": judge.url, "model": judge.model}} if judge else {}),
     }
     return Comparison(
         runs=tuple(benchmark_runs(models, arguments.task, settings, placement, trust_projector_code=trusts)),
         recipe=Recipe.of_benchmarks(labels, data_dir),
         questions=tuple(questions),
         plan={"kind": "benchmarks", "recipe": described, **_described(placement)},
+        judge=settings.judge,
         folder=folder,
         placement=placement,
         num_jobs=arguments.jobs or 1,

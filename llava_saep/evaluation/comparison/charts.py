@@ -196,12 +196,12 @@ def _cost(box: Box, distance: float, taken: Sequence[Box], frame: Box) -> float:
 
 
 def differences(
-    rows: Sequence[tuple[str, float, tuple[float, float] | None, tuple[float, float]]], *, width: float = 860
+    rows: Sequence[tuple[str, float, tuple[float, float] | None, tuple[float, float] | None]], *, width: float = 860
 ) -> str:
     """Points with two intervals around the line of no difference.
 
     Args:
-        rows: label, difference, its interval over seeds or None, and its interval over images; shares.
+        rows: label, difference, its intervals over seeds and over images or None; shares.
     """
     if not rows:
         return ""
@@ -220,7 +220,8 @@ def differences(
         elements.append(_text(left - 12, y + 4, label, "label", "end"))
         if over_seeds is not None:
             elements.append(_line(to_x(over_seeds[0]), y, to_x(over_seeds[1]), y, "whisker"))
-        elements.append(_line(to_x(over_images[0]), y, to_x(over_images[1]), y, "thick"))
+        if over_images is not None:
+            elements.append(_line(to_x(over_images[0]), y, to_x(over_images[1]), y, "thick"))
         elements.append(f'<circle class="point" cx="{to_x(value):.1f}" cy="{y:.1f}" r="{_RADIUS}"/>')
     elements.append(_text((left + width) / 2, bottom + 36, "percentage points", "", "middle"))
     return svg(width, bottom + 46, "Differences in accuracy from the reference", elements)
@@ -239,9 +240,9 @@ def curve_panels(
         unit: what the values are.
     """
     everything = [curve for own in curves.values() for curve in own]
-    if not everything:
-        return []
     values = sorted(value for curve in everything for value in curve.values if math.isfinite(value))
+    if not values:
+        return []
     # The first losses are so much higher than the rest that one would see nothing else.
     high = values[-1] if as_percent else values[min(len(values) - 1, int(0.97 * len(values)))]
     frame = Box(38, 24, width - 8, 120)

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,8 +92,3 @@ def without_meant_by_name(name: str, options: Mapping[str, Any]) -> dict[str, An
     preset = registered_presets().get(name)
     fixed = select_projector(name, trust_projector_code=True).options if preset is None else preset.options
     return {option: value for option, value in options.items() if option not in fixed}
-
-
-def labels_of(choices: Sequence[Choice]) -> list[str]:
-    """Labels, in their order."""
-    return [choice.label for choice in choices]

@@ -42,14 +42,14 @@ def _take_turns(ranked: Sequence[int], questions: Sequence[Question], limit: int
     for index in ranked:
         by_category.setdefault(questions[index].category, []).append(index)
     chosen: list[int] = []
-    images: set[str | None] = set()
+    images: set[str] = set()
     while any(by_category.values()) and len(chosen) < limit:
         for waiting in by_category.values():
             while waiting and questions[waiting[0]].image in images:
                 waiting.pop(0)
             if waiting and len(chosen) < limit:
                 chosen.append(waiting.pop(0))
-                images.add(questions[chosen[-1]].image)
+                images |= {questions[chosen[-1]].image} - {None}
     return chosen
 
 

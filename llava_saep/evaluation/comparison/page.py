@@ -99,18 +99,18 @@ def page(results: Results, facts: Mapping[str, Any], image_folder: Path, num_exa
 
 
 def _heading(facts: Mapping[str, Any], results: Results) -> str:
-    images = len({question.image for question in results.questions})
-    if results.benchmarks:
+    if results.asks_benchmarks:
         return f"<h1>Models compared</h1><p>{escape(facts['title'])}</p>"
+    num_images = len({question.image for question in results.questions} - {None})
     return (
         f"<h1>Projectors compared</h1><p>{escape(facts['title'])}</p>"
-        f"<p class=soft>{len(results.questions):,} questions about {images:,} images, the same to all; answers are "
+        f"<p class=soft>{len(results.questions):,} questions about {num_images:,} images, the same to all; answers are "
         f"generated freely (greedily) and their final words are scored. {_SCOPE}</p>"
     )
 
 
 def _accuracy(results: Results) -> str:
-    if results.benchmarks:
+    if results.asks_benchmarks:
         note = "Shares in per cent, others in points; below a value its 95 % interval over questions, where it has one."
         return f"<h2>Benchmarks</h2>{table(benchmark_table(results))}<p class=soft>{note}</p>"
     counts = sorted({len(entry.finished) for entry in results.entries})
@@ -172,7 +172,7 @@ def _tokens(results: Results) -> str:
 
 def _headline(results: Results) -> tuple[str, dict[str, Interval]]:
     """What stands for an entry in one number: overall accuracy, or the first benchmark's first share."""
-    if not results.benchmarks:
+    if not results.asks_benchmarks:
         return OVERALL, {entry.label: entry.accuracy[OVERALL] for entry in results.entries if entry.accuracy}
     shares = [row for row in results.benchmarks if row.is_share]
     if not shares:

@@ -87,7 +87,7 @@ class Difference:
     Args:
         over_seeds: Student's t on the differences of equal seeds; without bounds for one seed, or where all
             differ alike.
-        over_images: bootstrap over images, models held fixed.
+        over_images: bootstrap over images, models held fixed; None where all questions are about one.
         only_here, only_reference: answers, of all seeds, that were right on one side alone.
         p_value: McNemar's, where each side has one model; None otherwise, since answers of several seeds to one
             question are not independent.
@@ -96,7 +96,7 @@ class Difference:
     label: str
     num_seeds: int
     over_seeds: Interval
-    over_images: tuple[float, float]
+    over_images: tuple[float, float] | None
     only_here: int
     only_reference: int
     p_value: float | None
@@ -123,12 +123,14 @@ class Results:
     """A whole comparison. `entries` begin with the most accurate; those without a finished run come last.
 
     Args:
+        asks_benchmarks: whether models were asked benchmarks, and not one file of questions.
         questions: those that are scored.
         num_excluded: questions with an answer to compare with that some run could not be asked, such as about an image
             that will not open.
         remarks: what a reader of the benchmarks' numbers should know, by model: what was left out or not scored.
     """
 
+    asks_benchmarks: bool
     questions: tuple[Question, ...]
     num_excluded: int
     categories: tuple[str, ...]
@@ -158,7 +160,9 @@ def collect(runs: Sequence[Run], recipe: Recipe, reference: str | None) -> Resul
         others = [entry for entry in entries if entry.label != reference and entry.finished]
         found = (difference(entry, by_label[reference], questions) for entry in others)
         differences = [one for one in found if one is not None]
+    asks_benchmarks = recipe.question_file is None
     return Results(
+        asks_benchmarks=asks_benchmarks,
         questions=questions,
         num_excluded=len(scored) - len(questions),
         categories=categories,
@@ -166,8 +170,8 @@ def collect(runs: Sequence[Run], recipe: Recipe, reference: str | None) -> Resul
         entries=tuple(entries),
         reference=reference,
         differences=tuple(differences),
-        benchmarks=tuple(_benchmark_rows(runs)) if recipe.question_file is None else (),
-        remarks=tuple(_benchmark_remarks(runs)) if recipe.question_file is None else (),
+        benchmarks=tuple(_benchmark_rows(runs)) if asks_benchmarks else (),
+        remarks=tuple(_benchmark_remarks(runs)) if asks_benchmarks else (),
     )
 
 
@@ -178,8 +182,11 @@ def _scored_questions(recipe: Recipe) -> list[Question]:
 
 
 def _benchmark_rows(runs: Sequence[Run]) -> Iterator[BenchmarkRow]:
-    """The metrics of all benchmarks, each followed by those per kind of question."""
-    scored = {run.label: _benchmark_results(run) for run in runs if not run.open_steps}
+    """The metrics of all benchmarks, each followed by those per kind of question.
+
+    Runs that failed count too: what was scored before, or beside what was not, is true all the same.
+    """
+    scored = {run.label: _benchmark_results(run) for run in runs}
     names = dict.fromkeys(name for results in scored.values() for name in results)
     for benchmark, category, metric in names:
         own = {label: results.get((benchmark, category, metric)) for label, results in scored.items()}
@@ -193,8 +200,7 @@ def _benchmark_rows(runs: Sequence[Run]) -> Iterator[BenchmarkRow]:
 
 def _benchmark_remarks(runs: Sequence[Run]) -> Iterator[str]:
     for run in runs:
-        if not run.open_steps:
-            yield from (f"{run.label}: {line}" for entry in _entries(run).values() for line in remark_lines(entry))
+        yield from (f"{run.label}: {line}" for entry in _entries(run).values() for line in remark_lines(entry))
 
 
 def _entries(run: Run) -> dict[str, dict[str, Any]]:
@@ -333,7 +339,6 @@ def difference(entry: Entry, reference: Entry, questions: Sequence[Question]) ->
         return None
     correct = np.stack([own[seed] for seed in seeds])
     reference_correct = np.stack([other[seed] for seed in seeds])
-    images = {image: index for index, image in enumerate(dict.fromkeys(question.image for question in questions))}
     only_here = int((correct & ~reference_correct).sum())
     only_reference = int((~correct & reference_correct).sum())
     by_seed = correct.mean(axis=1) - reference_correct.mean(axis=1)
@@ -341,8 +346,15 @@ def difference(entry: Entry, reference: Entry, questions: Sequence[Question]) ->
         label=entry.label,
         num_seeds=len(seeds),
         over_seeds=mean_over_seeds(by_seed.tolist()),
-        over_images=paired_bootstrap(correct, reference_correct, [images[question.image] for question in questions]),
+        over_images=paired_bootstrap(correct, reference_correct, _images(questions)),
         only_here=only_here,
         only_reference=only_reference,
         p_value=mcnemar_p_value(only_here, only_reference) if len(seeds) == 1 else None,
     )
+
+
+def _images(questions: Sequence[Question]) -> list[int]:
+    """The image of each question, as a number; a question without one stands for itself."""
+    shown = [("image", q.image) if q.image is not None else ("question", q.question_id) for q in questions]
+    numbers = {key: index for index, key in enumerate(dict.fromkeys(shown))}
+    return [numbers[key] for key in shown]

@@ -23,12 +23,19 @@ from llava_saep.evaluation.comparison.choice import Choice, selected
 from llava_saep.evaluation.comparison.recipe import RECIPE_FILE, Recipe
 from llava_saep.evaluation.comparison.steps import FAILURE_FILE, Placement, Step, read_json, record_path, write_json
 from llava_saep.evaluation.tasks import TaskQuestion
+from projectors import ProjectorError
 
 PLAN_FILE = "comparison.json"
 LOCK_FILE = ".lock"
 _BEFORE_A_PLAN = (RECIPE_FILE, LOCK_FILE, "data", "data.unfinished")
 """What a comparison that was killed early may have left without a plan."""
-_PRELOADED = "llava_saep.evaluation.comparison.preloaded"
+_PRELOADED = (
+    "llava_saep.evaluation.comparison.quiet",  # the first, since others say something when they are imported
+    "llava_saep.train.run",
+    "llava_saep.arguments",
+    "llava_saep.generation",
+    "llava_saep.evaluation.evaluate",
+)
 _SPEED_WARMUP, _SPEED_REPEATS = 5, 25
 
 Report = Callable[[str], None]
@@ -85,27 +92,48 @@ def refuse_strangers(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, plan: Mapping[str, Any]) -> Iterator[None]:
-    """Hold the output folder of a comparison, which no other one may use meanwhile.
+def reserved(folder: Path) -> Iterator[None]:
+    """Hold the output folder of a comparison, which no other one may use meanwhile; it is made where there is none.
+
+    A mistake inside the block that leaves a new folder empty leaves none.
 
     Raises:
-        UserError: it holds other files, or another comparison, or is in use.
+        UserError: it holds other files, cannot be written, or is in use.
     """
     refuse_strangers(folder)
-    stored = read_json(folder / PLAN_FILE) if folder.is_dir() else None
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK_FILE).open("w")
+    except OSError as error:
+        raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror})") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"--output-dir {folder}: another comparison is at work in it") from error
+        try:
+            yield
+        except (UserError, ProjectorError):
+            if is_new and [path.name for path in folder.iterdir()] == [LOCK_FILE]:
+                (folder / LOCK_FILE).unlink()
+                folder.rmdir()
+            raise
+
+
+def claim(folder: Path, plan: Mapping[str, Any]) -> None:
+    """Write down what a reserved folder belongs to.
+
+    Raises:
+        UserError: it holds another comparison.
+    """
+    stored = read_json(folder / PLAN_FILE)
     if stored is not None and stored != plan:
         differing = sorted(key for key in {*stored, *plan} if stored.get(key) != plan.get(key))
         raise UserError(
             f"--output-dir {folder}: holds another comparison ({', '.join(differing)} differ); name another folder"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_FILE).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"--output-dir {folder}: another comparison is at work in it") from error
-        write_json(folder / PLAN_FILE, plan)
-        yield
+    write_json(folder / PLAN_FILE, plan)
 
 
 # Which runs there are
@@ -241,7 +269,7 @@ def _context(device: str) -> BaseContext:
     if device != "cpu":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([_PRELOADED])
+    context.set_forkserver_preload(list(_PRELOADED))
     return context
 
 

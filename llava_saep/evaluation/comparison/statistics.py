@@ -89,8 +89,8 @@ def accuracy_interval(num_correct: Sequence[int], num_questions: int) -> Interva
 
 def paired_bootstrap(
     correct: np.ndarray, reference: np.ndarray, groups: Sequence[int], *, seed: int = 0
-) -> tuple[float, float]:
-    """95 % interval of a difference in accuracy when other images had been asked about.
+) -> tuple[float, float] | None:
+    """95 % interval of a difference in accuracy when other images had been asked about; None for a single image.
 
     Whole images are drawn again, since the questions about one are answered rightly or wrongly together.
 
@@ -101,6 +101,8 @@ def paired_bootstrap(
     difference = (correct.astype(float) - reference.astype(float)).mean(axis=0)
     _, group = np.unique(np.asarray(groups), return_inverse=True)
     num_groups = int(group.max()) + 1
+    if num_groups < 2:
+        return None
     sums = np.bincount(group, weights=difference, minlength=num_groups)
     sizes = np.bincount(group, minlength=num_groups)
     weights = np.random.default_rng(seed).multinomial(

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_saep.errors import UserError
 from llava_saep.evaluation.benchmarks import BenchmarkSettings
+from llava_saep.evaluation.judge import Judge
 from llava_saep.evaluation.tasks import TaskQuestion
 from projectors import ProjectorError
 
@@ -222,12 +223,13 @@ def evaluate_tasks(
     """Put benchmarks to the model, as `llava-saep eval --task` does.
 
     Raises:
-        UserError: answers that were to be scored were not, such as by a judge that refuses. They are kept: the next try
-            scores them. Without any judge the answers for one are no mistake.
+        UserError: answers that were to be scored were not, such as by a judge that refuses. They are kept, and so are
+            the scores of others: the next try does the rest. Without any judge the answers for one are no mistake.
     """
     from llava_saep.evaluation.asking import AskedModel, ModelChoice
     from llava_saep.evaluation.benchmarks import evaluate_benchmarks, unscored
     from llava_saep.evaluation.fingerprints import model_fingerprint
+    from llava_saep.evaluation.results import ALL_FILE
     from llava_saep.evaluation.tasks import JudgedTask, select_tasks
 
     logging.basicConfig(level=logging.INFO)
@@ -235,12 +237,21 @@ def evaluate_tasks(
         path=model_path, model_id=MODEL_ID, device=_visible(device), trust_projector_code=trust_projector_code
     )
     chosen = select_tasks([tasks])
+    (settings.output_dir / ALL_FILE).unlink(missing_ok=True)  # of an earlier try, perhaps with another model
     entries = evaluate_benchmarks(AskedModel.load(choice), chosen, settings)
     due = [each for each in chosen if settings.judge is not None or not isinstance(each.task, JudgedTask)]
-    failed = unscored(entries, due)
-    if failed:
-        raise UserError("; ".join(f"{label}: {why}" for label, why in failed.items()))
-    return {"model_fingerprint": model_fingerprint(model_path)}
+    missing = [f"{label}: {why}" for label, why in unscored(entries, due).items()]
+    for label, entry in entries.items():
+        if entry["num_failed_judge_requests"]:
+            missing.append(f"{label}: the judge failed on {entry['num_failed_judge_requests']} answers")
+    if missing:
+        raise UserError("; ".join(missing))
+    return {"model_fingerprint": model_fingerprint(model_path), "judge": describe_judge(settings.judge)}
+
+
+def describe_judge(judge: Judge | None) -> dict[str, str] | None:
+    """By whom free answers were rated, as it stands in a run's record."""
+    return None if judge is None else {"url": judge.url, "model": judge.model}
 
 
 def _visible(device: str) -> str:

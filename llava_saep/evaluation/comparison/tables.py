@@ -17,7 +17,7 @@ MIB = 1024**2
 
 def first_table(results: Results) -> Table:
     """How good they are: by kind of question, or by benchmark."""
-    return benchmark_table(results) if results.benchmarks else accuracy_table(results)
+    return benchmark_table(results) if results.asks_benchmarks else accuracy_table(results)
 
 
 def benchmark_table(results: Results) -> Table:
@@ -120,7 +120,7 @@ def _difference_row(one: Difference) -> list[str]:
         str(one.num_seeds),
         f"{100 * seeds.value:+.1f}",
         MISSING if seeds.low is None or seeds.high is None else _points(seeds.low, seeds.high),
-        _points(*one.over_images),
+        MISSING if one.over_images is None else _points(*one.over_images),
         str(one.only_here),
         str(one.only_reference),
         MISSING if one.p_value is None else f"{one.p_value:.2g}",
@@ -202,7 +202,7 @@ def _difference_document(one: Difference) -> dict[str, Any]:
         "label": one.label,
         "num_seeds": one.num_seeds,
         "over_seeds": _interval_document(one.over_seeds),
-        "over_images_95": list(one.over_images),
+        "over_images_95": None if one.over_images is None else list(one.over_images),
         "only_here": one.only_here,
         "only_reference": one.only_reference,
         "mcnemar_p": one.p_value,

@@ -9,12 +9,13 @@ import pytest
 
 from llava_saep.cli import main
 from llava_saep.commands.compare import plan
+from llava_saep.commands.compare.flags import parser
 from llava_saep.errors import UserError
 from llava_saep.evaluation.comparison import runs
 from llava_saep.evaluation.comparison.recipe import read_recipe
 from playground import comparison
 from playground.quickstart import SMALL_PROJECTORS
-from tests.fixtures.evaluation_runs import write_mmvet
+from tests.fixtures.evaluation_runs import write_mmvet, write_vizwiz_test
 from tests.fixtures.judge import chat_reply, running_endpoint
 from tests.fixtures.saved_models import write_saved_model
 from tests.fixtures.tiny import write_bases, write_image
@@ -209,25 +210,83 @@ def test_what_was_left_out_of_benchmarks_is_told_and_other_settings_are_another_
     assert "holds another comparison (recipe differ)" in capsys.readouterr().err
 
 
-def test_judge_rates_free_answers_and_one_that_refuses_is_asked_again(models, monkeypatch, capsys):
+def test_judge_rates_free_answers_and_one_that_fails_is_asked_again(models, monkeypatch, capsys):
     monkeypatch.setattr(runs, "_context", lambda device: multiprocessing.get_context("fork"))
     write_mmvet(models / "data")
+    shutil.copytree(models / "held", models / "data" / "spatial_scenes" / "held_out")
     command = ["compare", "--model-path", str(models / "saep" / "stage2"), str(models / "mlp2x_gelu" / "stage2")]
-    command += ["--task", "mmvet", "--data-dir", str(models / "data"), "--max-new-tokens", "4"]
+    command += ["--task", "mmvet,spatial_scenes", "--data-dir", str(models / "data"), "--max-new-tokens", "4"]
     command += ["--output-dir", str(models / "out"), "--device", "cpu"]
+
+    def ratings():
+        rows = json.loads((models / "out" / "results.json").read_text())["benchmarks"]
+        by_name = {row["benchmark"]: [value["value"] for value in row["values"].values()] for row in reversed(rows)}
+        assert len(by_name["spatial_scenes"]) == 2  # whatever becomes of the judge
+        return by_name.get("mmvet")
+
+    assert main(command) == 0 and ratings() is None
+    assert "name one with --judge-url and --judge-model" in capsys.readouterr().out
+    answers = models / "out" / "runs" / "saep-stage2" / "evaluation" / "mmvet" / "answers.jsonl"
+    before = answers.stat().st_mtime_ns
     with running_endpoint() as endpoint:
         command += ["--judge-url", endpoint.url, "--judge-model", "rater"]
         endpoint.respond = lambda text, times: (401, "wrong key", {})
-        assert main(command) == 1
+        assert main(command) == 1 and ratings() is None
         assert "mmvet: not rated: the judge" in capsys.readouterr().out
-        answers = models / "out" / "runs" / "saep-stage2" / "evaluation" / "mmvet" / "answers.jsonl"
-        before = answers.stat().st_mtime_ns
+        bad_request = (400, "held back by a filter", {})
+        endpoint.respond = lambda text, times: chat_reply("0.5") if len(endpoint.requests) % 2 else bad_request
+        assert main(command) == 1
+        assert "mmvet: the judge failed on" in capsys.readouterr().out
         endpoint.respond = lambda text, times: chat_reply("0.5")
-        assert main(command) == 0
+        assert main(command) == 0 and ratings() == [0.5, 0.5]
     assert answers.stat().st_mtime_ns == before
-    first = json.loads((models / "out" / "results.json").read_text())["benchmarks"][0]
-    assert [value["value"] for value in first["values"].values()] == [0.5, 0.5]
-    assert json.loads((models / "out" / "comparison.json").read_text())["recipe"]["judge"]["model"] == "rater"
+    assert main(command) == 0 and ratings() == [0.5, 0.5]  # nothing is left to ask
+
+
+def test_benchmarks_without_scores_are_told_as_such(models, monkeypatch):
+    monkeypatch.setattr(runs, "_context", lambda device: multiprocessing.get_context("fork"))
+    write_vizwiz_test(models / "data")
+    command = ["compare", "--model-path", str(models / "saep" / "stage2"), "--task", "vizwiz"]
+    command += ["--data-dir", str(models / "data"), "--max-new-tokens", "4", "--device", "cpu"]
+    assert main([*command, "--output-dir", str(models / "out")]) == 0
+    page = (models / "out" / "report.html").read_text()
+    assert "<h2>Benchmarks</h2>" in page and "labels of these questions are not published" in page
+    assert "not run" not in page and "0 questions" not in page
+
+
+def test_timing_that_failed_once_is_no_failure_of_the_comparison_that_succeeds(models, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "_context", lambda device: multiprocessing.get_context("fork"))
+    command = ["compare", "--model-path", str(models / "saep" / "stage2")]
+    command += ["--question-file", str(models / "held" / "questions.jsonl"), "--max-new-tokens", "4"]
+    command += ["--output-dir", str(models / "out"), "--device", "cpu"]
+    assert main(command) == 0
+    folder = models / "out" / "runs" / "stage2"
+    (folder / "speed.json").unlink()
+    (folder / "failure.json").write_text('{"step": "speed", "error": "no memory"}')
+    assert main(command) == 0
+    assert "failed" not in capsys.readouterr().out and not (folder / "failure.json").exists()
+
+
+def test_reworded_question_is_another_comparison(tmp_path, monkeypatch, capsys):
+    """Answers that are there belong to the old words."""
+    own = write_own_recipe(tmp_path)
+    monkeypatch.setattr(plan, "_check_placeable", lambda choices, recipe: None)
+    command = ["compare", "--projectors", "saep", "--recipe", str(own / "recipe.json"), "--device", "cpu"]
+    with runs.reserved(tmp_path / "out"):
+        made = plan.plan_comparison(parser().parse_args([*command[1:], "--output-dir", str(tmp_path / "out")]))
+        runs.claim(made.folder, made.plan)
+    (own / "questions.jsonl").write_text('{"question_id": 1, "text": "Really?", "answer": "yes"}\n')
+    assert main([*command, "--output-dir", str(tmp_path / "out")]) == 2
+    assert "holds another comparison (questions differ)" in capsys.readouterr().err
+
+
+def test_images_that_are_missing_are_found_before_the_training(tmp_path, capsys, monkeypatch):
+    own = write_own_recipe(tmp_path)
+    monkeypatch.setattr(plan, "_check_placeable", lambda choices, recipe: None)
+    (own / "questions.jsonl").write_text('{"question_id": 1, "image": "a.png", "text": "?", "answer": "yes"}\n')
+    command = ["compare", "--projectors", "saep", "--recipe", str(own / "recipe.json"), "--device", "cpu"]
+    assert main([*command, "--output-dir", str(tmp_path / "out")]) == 2
+    assert "a.png" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_folder_without_a_model_is_told_before_anything_is_asked(models, capsys):

@@ -82,3 +82,8 @@ def test_a_panel_shows_its_own_runs_over_everybodys():
     assert all(number == number for number in numbers)
     assert "nan" not in panels[0]
     assert curve_panels({"a": ()}, unit="loss") == []
+
+
+def test_curves_without_a_number_have_no_panels():
+    curves = {"a": [Curve(seed=0, steps=(1, 2), values=(float("nan"), float("nan")))]}
+    assert curve_panels(curves, unit="loss") == []

@@ -111,6 +111,31 @@ def test_training_time_is_that_of_the_steps(runs, recipe):
     assert entry.loss["stage1"][0].values == pytest.approx((2.0, 1.0, 2 / 3))
 
 
+def test_questions_without_an_image_stand_for_themselves(tmp_path, recipe):
+    lines = [json.loads(line) for line in recipe.question_file.read_text().splitlines()]
+    for line in lines:
+        del line["image"]
+    recipe.question_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    compared = [finish_run(tmp_path / "o", "a", 0, [True, False] * 4), finish_run(tmp_path / "o", "b", 0, [True] * 8)]
+    results = collect(compared, recipe, "a")
+    low, high = results.differences[0].over_images
+    assert low < 0.5 < high  # eight questions that are drawn again, half of which differ
+    assert len(disagreements(results, limit=10)) == 4
+    written = write_report(results, FACTS, tmp_path, recipe.image_folder, num_examples=3)
+    assert "8 questions about 0 images" in written["page"].read_text()
+
+
+def test_questions_about_one_image_tell_nothing_of_other_images(tmp_path):
+    recipe = write_questions(tmp_path / "data", num_images=1)
+    compared = [finish_run(tmp_path / "o", "a", 0, [True, False]), finish_run(tmp_path / "o", "b", 0, [True, True])]
+    results = collect(compared, recipe, "a")
+    assert results.differences[0].over_images is None
+    assert difference_table(results)[1][0][4] == "-"
+    written = write_report(results, FACTS, tmp_path, recipe.image_folder, num_examples=0)
+    assert json.loads(written["numbers"].read_text())["differences"][0]["over_images_95"] is None
+    assert "In pairs with a" in written["page"].read_text()
+
+
 def test_disagreements_are_the_evenly_divided_questions_one_per_image(runs, recipe):
     found = disagreements(collect(runs, recipe, "bad"), limit=10)
     # Relations of images 0 to 2 divide entirely (shares 1 and 0), the count of image 3 half (1 and 0.5), kinds take

@@ -14,7 +14,7 @@ from llava_saep.errors import UserError
 from llava_saep.evaluation.comparison import runs, steps
 from llava_saep.evaluation.comparison.choice import parse_choices
 from llava_saep.evaluation.comparison.recipe import Stage
-from llava_saep.evaluation.comparison.runs import Run, Runner, claimed, training_runs
+from llava_saep.evaluation.comparison.runs import Run, Runner, claim, reserved, training_runs
 from llava_saep.evaluation.comparison.steps import Placement, Step, read_json
 from tests.fixtures import comparison as fixture
 
@@ -90,6 +90,7 @@ def test_a_record_holds_facts_and_costs(tmp_path, runner):
 
 def test_interruption_ends_the_steps_and_leaves_nothing_half_done(tmp_path, runner):
     long_run = make_run(tmp_path, "long", step("a", fixture.linger, seconds=60))
+    children_before = {child.pid for child in psutil.Process().children()}
     main = threading.main_thread().ident
     timer = threading.Timer(1.0, lambda: signal.pthread_kill(main, signal.SIGINT))
     timer.start()
@@ -98,7 +99,7 @@ def test_interruption_ends_the_steps_and_leaves_nothing_half_done(tmp_path, runn
         runner.do([long_run])
     assert time.monotonic() - began < 20
     assert long_run.open_steps and long_run.failure is None
-    assert not any("llava" in child.name() for child in psutil.Process().children())
+    assert {child.pid for child in psutil.Process().children()} <= children_before
 
 
 def test_steps_end_when_their_comparison_is_killed(tmp_path):
@@ -124,38 +125,40 @@ def test_steps_end_when_their_comparison_is_killed(tmp_path):
 
 
 def test_folder_of_another_comparison_is_refused(tmp_path):
-    with claimed(tmp_path / "out", {"kind": "training", "device": "cpu"}):
-        pass
+    with reserved(tmp_path / "out"):
+        claim(tmp_path / "out", {"kind": "training", "device": "cpu"})
     with (
+        reserved(tmp_path / "out"),
         pytest.raises(UserError, match="holds another comparison \\(device differ\\)"),
-        claimed(tmp_path / "out", {"kind": "training", "device": "cuda"}),
     ):
-        pass
+        claim(tmp_path / "out", {"kind": "training", "device": "cuda"})
     assert json.loads((tmp_path / "out" / "comparison.json").read_text())["device"] == "cpu"
 
 
 def test_folder_with_other_things_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with (
-        pytest.raises(UserError, match="holds thesis.txt and is no comparison's"),
-        claimed(tmp_path, {"kind": "models"}),
-    ):
+    with pytest.raises(UserError, match="holds thesis.txt and is no comparison's"), reserved(tmp_path):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-    with pytest.raises(UserError, match="is a file"), claimed(tmp_path / "thesis.txt", {"kind": "models"}):
+    with pytest.raises(UserError, match="is a file"), reserved(tmp_path / "thesis.txt"):
         pass
 
 
 def test_folder_in_use_is_refused(tmp_path):
-    plan = {"kind": "training"}
-    with (
-        claimed(tmp_path, plan),
-        pytest.raises(UserError, match="another comparison is at work"),
-        claimed(tmp_path, plan),
-    ):
+    with reserved(tmp_path), pytest.raises(UserError, match="another comparison is at work"), reserved(tmp_path):
         pass
-    with claimed(tmp_path, plan):
-        pass
+    with reserved(tmp_path):
+        claim(tmp_path, {"kind": "training"})
+
+
+def test_mistake_leaves_no_new_folder_and_nothing_of_an_old_one_is_lost(tmp_path):
+    with pytest.raises(UserError), reserved(tmp_path / "new"):
+        raise UserError("a flag is wrong")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "old" / "data").mkdir(parents=True)
+    with pytest.raises(UserError), reserved(tmp_path / "old"):
+        raise UserError("a flag is wrong")
+    assert (tmp_path / "old" / "data").is_dir()
 
 
 def test_training_runs_differ_in_projector_and_seed_alone(tmp_path):
