@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import os
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from llava_saep.errors import UserError
 from llava_saep.evaluation.fingerprints import text_fingerprint
 from llava_saep.evaluation.tasks import TaskQuestion
+
+logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 """One line: question_id, prompt, text, answer_id, model_id, metadata, and what a benchmark adds."""
@@ -43,6 +48,57 @@ def find_parts(path: Path) -> list[Path]:
     """Parts that ranks of this run or of an interrupted one have written."""
     named = (file for file in path.parent.glob(f"{path.name}{_PART}*") if file.is_file())
     return sorted(file for file in named if file.name.removeprefix(path.name + _PART).isdecimal())
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """Hold an answer file and the parts of it, which no other evaluation may write meanwhile.
+
+    A process that is killed holds nothing any more: the file of the lock stays behind, and means nothing alone.
+
+    Raises:
+        UserError: another evaluation holds it, or nothing can be written there.
+    """
+    place = path.with_name(f".{path.name}.lock")
+    lock = _locked(path, place)
+    try:
+        yield
+    finally:
+        place.unlink(missing_ok=True)  # while it is still held: see `_is_at`
+        lock.close()
+
+
+def _locked(path: Path, place: Path) -> TextIO:
+    while True:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            lock = place.open("w")
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.close()
+            raise UserError(
+                f"another evaluation is writing {path}; wait for its end, or name another place for answers"
+            ) from error
+        except OSError as error:  # some file systems of clusters have no locks
+            logger.debug("%s: cannot be locked (%s)", place, error)
+        if _is_at(lock, place):
+            return lock
+        lock.close()
+
+
+def _is_at(lock: TextIO, place: Path) -> bool:
+    """Whether a file is still the one of its name: whoever held it before may have removed it since it was opened."""
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), place.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be written ({error}); choose another place for answers")
 
 
 def refuse_other_files(path: Path) -> None:
@@ -109,7 +165,7 @@ def rewrite(path: Path, records: Iterable[Record]) -> None:
         temporary.write_text("".join(json_line(record) for record in records), encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error}); choose another place for answers") from error
+        raise _unwritable(path, error) from error
 
 
 def json_line(record: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -17,6 +17,7 @@ from llava_saep.evaluation import ranks
 from llava_saep.evaluation.answer_files import (
     Record,
     answer_record,
+    claimed,
     json_line,
     kept_records,
     part_of_rank,
@@ -142,7 +143,7 @@ def answer_questions(
         the answers on rank 0, None on others.
     Raises:
         UserError: a question cannot be put and `asking.on_bad_image` is "error", not even one question fits into
-            memory, or another rank has ended early.
+            memory, another rank has ended early, or another evaluation is writing the file.
     """
     from llava_saep.train import distributed
 
@@ -152,17 +153,23 @@ def answer_questions(
     def make_record(position: int, text: str) -> Record:
         return answer_record(questions[position], text, model_id, metadata)
 
-    batches = ranks.from_rank_zero(lambda: _plan(questions, asking, answers_path, metadata, num_ranks))
-    own = batches_of_rank(batches, rank, num_ranks)
-    num_kept = len(questions) - sum(map(len, batches))
-    path = answers_path if num_ranks == 1 else part_of_rank(answers_path, rank)
-    with path.open("a", encoding="utf-8") as file, _progress(description, own, rank, num_ranks, num_kept) as progress:
-        run = _Run(questions, asking, own, make_record, file, progress)
-        run.answer_all()
-    excluded = [each for some in ranks.gather(run.excluded) for each in some]
-    if not distributed.is_rank_zero():
-        return None
-    return _put_together(questions, answers_path, metadata, excluded)
+    with ExitStack() as held:
+
+        def plan() -> list[Batch]:
+            held.enter_context(claimed(answers_path))  # by rank 0 for all of them
+            return _plan(questions, asking, answers_path, metadata, num_ranks)
+
+        batches = ranks.from_rank_zero(plan)
+        own = batches_of_rank(batches, rank, num_ranks)
+        num_kept = len(questions) - sum(map(len, batches))
+        path = answers_path if num_ranks == 1 else part_of_rank(answers_path, rank)
+        with path.open("a", encoding="utf-8") as file, _progress(description, own, rank, num_ranks, num_kept) as bar:
+            run = _Run(questions, asking, own, make_record, file, bar)
+            run.answer_all()
+        excluded = [each for some in ranks.gather(run.excluded) for each in some]
+        if not distributed.is_rank_zero():
+            return None
+        return _put_together(questions, answers_path, metadata, excluded)
 
 
 def _plan(

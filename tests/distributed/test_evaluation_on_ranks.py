@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from llava_saep.evaluation.answer_files import claimed
 from tests.fixtures.evaluation_runs import TINY_MODEL, write_pope
 from tests.fixtures.ranks import run_ranks
 
@@ -133,6 +134,13 @@ def test_mistake_that_all_ranks_meet_is_told_once(data_dir, tmp_path):
     results = run_ranks(evaluate, data_dir, tmp_path / "out", "--task", "gqa", world_size=2, output_dir=tmp_path / "r")
     assert [result.exit_code for result in results] == [2, 2]
     assert ["is missing" in result.output for result in results] == [True, False]
+
+
+def test_answer_file_of_another_evaluation_is_refused_by_all_ranks_and_told_once(data_dir, tmp_path):
+    with claimed(tmp_path / "out" / "pope" / "answers.jsonl"):
+        results = run_ranks(evaluate, data_dir, tmp_path / "out", world_size=2, output_dir=tmp_path / "r")
+    assert [result.exit_code for result in results] == [2, 2]
+    assert ["another evaluation is writing" in result.output for result in results] == [True, False]
 
 
 def answer_with_llavas_program(data_dir: Path, answers: Path) -> int:

@@ -1,5 +1,7 @@
 """Answering questions: format, order, resuming, batches too large, images that do not open, the blind run."""
 
+import errno
+import fcntl
 import json
 import os
 
@@ -8,6 +10,7 @@ import torch
 from PIL import Image
 
 from llava_saep.errors import UserError
+from llava_saep.evaluation.answer_files import claimed
 from llava_saep.evaluation.questions import Question
 from llava_saep.evaluation.ranks import RankError
 from llava_saep.evaluation.runner import Asking, answer_questions, as_task_question, check_images, question_messages
@@ -138,6 +141,53 @@ def test_answer_with_a_line_separator_of_unicode_is_kept(tmp_path):
     model = Model()
     assert answer(model, path, questions).texts == ["answer to what follows\u2028?"]
     assert model.batches == []
+
+
+def test_answer_file_that_is_being_written_is_left_to_whoever_writes_it(tmp_path):
+    """Two processes with one file: the second would replace it, and the first go on in a file that has no name."""
+    path = tmp_path / "answers.jsonl"
+    model, second = Model(), Model()
+
+    def generate(conversations):
+        with pytest.raises(UserError, match=r"another evaluation is writing .*answers\.jsonl; wait for its end"):
+            answer(second, path)
+        return model(conversations)
+
+    assert answer(generate, path).texts == EXPECTED
+    assert second.batches == []
+    assert answer(second, tmp_path / "others.jsonl").texts == EXPECTED
+    assert sorted(os.listdir(tmp_path)) == ["answers.jsonl", "others.jsonl"]
+
+
+def test_lock_of_a_killed_run_holds_nobody_up(tmp_path):
+    (tmp_path / ".answers.jsonl.lock").touch()
+    assert answer(Model(), tmp_path / "answers.jsonl").texts == EXPECTED
+    assert os.listdir(tmp_path) == ["answers.jsonl"]
+
+
+def test_lock_that_its_holder_has_removed_since_it_was_opened_is_not_taken(tmp_path, monkeypatch):
+    """It would have no name, so that the next one could take another of its name."""
+    path, flock, calls = tmp_path / "answers.jsonl", fcntl.flock, []
+
+    def flock_late(file, operation):
+        if not calls:
+            (tmp_path / ".answers.jsonl.lock").unlink()
+        calls.append(operation)
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock_late)
+    with claimed(path):
+        assert len(calls) == 2
+        with pytest.raises(UserError, match="another evaluation"), claimed(path):
+            pass
+
+
+def test_file_system_without_locks_is_written_to_all_the_same(tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert answer(Model(), tmp_path / "answers.jsonl").texts == EXPECTED
 
 
 def test_parts_of_ranks_that_were_killed_count_once_and_go(tmp_path):
