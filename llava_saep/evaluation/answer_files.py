@@ -9,6 +9,7 @@ import os
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -130,27 +131,57 @@ def _aside(path: Path, metadata: Any) -> Path:
     return path.with_name(f"{path.stem}.{text_fingerprint(metadata)}{path.suffix}")
 
 
-def kept_records(path: Path, questions: Sequence[TaskQuestion], metadata: Mapping[str, Any]) -> list[Record | None]:
-    """What the file and its parts hold for each question; None where it has to be answered.
+@dataclass(frozen=True)
+class StoredAnswers:
+    """Answers that were made in one way, in a file, its parts, and the file that is beside it for those set aside.
 
-    Answers made otherwise (`metadata`) or to another wording do not count, nor does a line that was cut short.
+    Attributes:
+        kept: per question; None where it has to be answered.
+        others: to other questions, or to another wording.
+        num_to_set_aside: how many of `others` are not in the file beside it yet.
     """
+
+    kept: list[Record | None]
+    others: list[Record]
+    num_to_set_aside: int
+
+
+def stored_answers(path: Path, questions: Sequence[TaskQuestion], metadata: Mapping[str, Any]) -> StoredAnswers:
+    """Find what there is for each question. A line that was cut short does not count.
+
+    Args:
+        metadata: says how answers were made.
+    """
+    aside = list(_records_made_like([_aside(path, metadata)], metadata))
     waiting: dict[tuple[str, str, int], list[Record]] = {}
     seen: set[str] = set()
-    for record in _readable_records([path, *find_parts(path), _aside(path, metadata)]):
+    for record in [*_records_made_like([path, *find_parts(path)], metadata), *aside]:
         # A run that was killed while it put parts together leaves the same answer in two files.
-        if record.get("metadata") == metadata and record.get("answer_id") not in seen:
+        if record.get("answer_id") not in seen:
             seen.add(record.get("answer_id"))
             waiting.setdefault(_key(record), []).append(record)
-    return [records.pop(0) if (records := waiting.get(question.key)) else None for question in questions]
+    kept = [records.pop(0) if (records := waiting.get(question.key)) else None for question in questions]
+    others = [record for records in waiting.values() for record in records]
+    set_aside = {record.get("answer_id") for record in aside}
+    return StoredAnswers(kept, others, sum(record.get("answer_id") not in set_aside for record in others))
 
 
-def write_together(path: Path, records: Iterable[Record | None], metadata: Mapping[str, Any]) -> None:
-    """Write the answers that are there, in their order, and remove the files that they came from."""
-    rewrite(path, [record for record in records if record is not None])
+def _records_made_like(paths: Iterable[Path], metadata: Mapping[str, Any]) -> Iterable[Record]:
+    return (record for record in _readable_records(paths) if record.get("metadata") == metadata)
+
+
+def write_together(path: Path, stored: StoredAnswers, metadata: Mapping[str, Any]) -> None:
+    """Write the answers that are there, in their order, the others to the file beside it, and remove the parts."""
+    kept, aside = [record for record in stored.kept if record is not None], _aside(path, metadata)
+    if stored.others:
+        rewrite(aside, [*stored.others, *kept])  # a kill leaves answers in two files rather than in none
+    rewrite(path, kept)
     for part in find_parts(path):
         part.unlink()
-    _aside(path, metadata).unlink(missing_ok=True)
+    if stored.others:
+        rewrite(aside, stored.others)
+    else:
+        aside.unlink(missing_ok=True)
 
 
 def rewrite(path: Path, records: Iterable[Record]) -> None:

@@ -19,10 +19,10 @@ from llava_saep.evaluation.answer_files import (
     answer_record,
     claimed,
     json_line,
-    kept_records,
     part_of_rank,
     refuse_other_files,
     set_aside_others,
+    stored_answers,
     write_together,
 )
 from llava_saep.evaluation.batches import Batch, BatchQueue, batches_of_rank, plan_batches
@@ -135,7 +135,7 @@ def answer_questions(
 
     Answers that the file already holds, or that ranks of an interrupted run left beside it, are kept when they were
     made in the same way (`fingerprint`, `asking.blind`) and to the same wording; all others are made anew. Those made
-    in another way are moved to a file beside it.
+    in another way, or to other questions, are moved to a file beside it.
 
     Args:
         fingerprint: changes with whatever changes answers: weights, template, decoding.
@@ -180,9 +180,13 @@ def _plan(
     num_others = set_aside_others(path, metadata)
     if num_others:
         logger.warning("%s: %d answers were made in another way; they are kept in files beside it", path, num_others)
-    records = kept_records(path, questions, metadata)
-    write_together(path, records, metadata)
-    open_positions = [position for position, record in enumerate(records) if record is None]
+    stored = stored_answers(path, questions, metadata)
+    if stored.num_to_set_aside:
+        logger.warning(
+            "%s: %d answers are to other questions; they are kept in a file beside it", path, stored.num_to_set_aside
+        )
+    write_together(path, stored, metadata)
+    open_positions = [position for position, record in enumerate(stored.kept) if record is None]
     if len(open_positions) < len(questions):
         logger.info(
             "%s: %d of %d answers are there already", path, len(questions) - len(open_positions), len(questions)
@@ -196,8 +200,9 @@ def _plan(
 def _put_together(
     questions: Sequence[TaskQuestion], path: Path, metadata: dict[str, Any], excluded: Sequence[ExcludedQuestion]
 ) -> Answers:
-    records = kept_records(path, questions, metadata)
-    write_together(path, records, metadata)  # scorers of LLaVA's go by the order
+    stored = stored_answers(path, questions, metadata)
+    write_together(path, stored, metadata)  # scorers of LLaVA's go by the order
+    records = stored.kept
     left_out = {each.position for each in excluded}
     lost = [position for position, record in enumerate(records) if record is None and position not in left_out]
     if lost:

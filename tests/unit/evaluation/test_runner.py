@@ -243,6 +243,45 @@ def test_answers_made_in_another_way_are_kept_beside_the_file_and_found_again(tm
     assert sorted(beside) == ["LLaVA says", *EXPECTED]
 
 
+def test_answers_to_other_questions_are_kept_beside_the_file_and_found_again(tmp_path, caplog):
+    """Whoever gives another question file, and the same output folder, loses no hours of work."""
+    path = tmp_path / "answers.jsonl"
+    answer(Model(), path)
+    ids = [line["answer_id"] for line in lines(path)]
+    answer(Model(), path, [question(0, "another"), QUESTIONS[1]])
+    assert "4 answers are to other questions; they are kept in a file beside it" in caplog.text
+    assert [line["answer_id"] for file in tmp_path.glob("answers.*.jsonl") for line in lines(file)] == [
+        each for each in ids if each != ids[1]
+    ]
+    caplog.clear()
+    answer(Model(), path, [question(0, "another"), QUESTIONS[1]])
+    assert "other questions" not in caplog.text  # they lie there already
+    model = Model()
+    answer(model, path)
+    assert model.batches == [] and [line["answer_id"] for line in lines(path)] == ids
+
+
+@pytest.mark.parametrize("num_writes", [1, 2, 3])
+def test_kill_while_answers_to_other_questions_are_moved_loses_none(tmp_path, monkeypatch, num_writes):
+    path = tmp_path / "answers.jsonl"
+    answer(Model(), path, QUESTIONS[:3])
+    answer(Model(), path, QUESTIONS[2:])  # the first two lie beside it
+    replace, calls = os.replace, []
+
+    def replace_or_die(*arguments):
+        calls.append(arguments)
+        if len(calls) == num_writes:
+            raise KeyboardInterrupt
+        replace(*arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "replace", replace_or_die)
+        answer(Model(), path, QUESTIONS[:1])
+    model = Model()
+    assert answer(model, path).texts == EXPECTED
+    assert model.batches == []
+
+
 def test_changed_wording_is_asked_anew(tmp_path):
     path = tmp_path / "answers.jsonl"
     answer(Model(), path)
