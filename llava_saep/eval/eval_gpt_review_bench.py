@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None, program: ReviewProgram = BENCH, desc
     output = Path(arguments.output).expanduser()
     _refuse_others_reviews(output)
     judge = Judge(url=arguments.judge_url, model=arguments.judge_model, api_key=find_api_key(arguments.judge_key_file))
-    lines = review_answers(requests, judge, output, bench.TASK.review_line)
+    lines = review_answers(requests, judge, output, bench.TASK.review_line).lines
     unreadable = sum(not bench.has_points(line) for line in lines)
     print(f"{len(lines) - unreadable} of {len(lines)} answers have points: {output}")
     return 0

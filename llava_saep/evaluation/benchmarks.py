@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -64,6 +64,7 @@ class _Outcome:
     result: TaskResult | None = None
     notes: list[str] = field(default_factory=list)
     uploads: list[Path] = field(default_factory=list)
+    num_failed_judge_requests: int = 0
 
 
 def benchmark_folder(settings: BenchmarkSettings, selected: TaskSplit) -> Path:
@@ -133,16 +134,13 @@ def score_answer_file(selected: TaskSplit, answers: Sequence[Answer], path: Path
     }
 
 
-def first_questions(task: Task, limit: int | None) -> Task:
+def first_questions(task: T, limit: int | None) -> T:
     """The same benchmark with its first questions alone, for asking and for scoring."""
-    return task if limit is None else _restricted(task, lambda questions: questions[:limit])
-
-
-def _restricted(task: T, choose: Callable[[list[TaskQuestion]], list[TaskQuestion]]) -> T:
-    """The same benchmark with some of its questions."""
-    restricted = copy.copy(task)
-    restricted.questions = lambda folder, split: choose(task.questions(folder, split))
-    return restricted
+    if limit is None:
+        return task
+    limited = copy.copy(task)
+    limited.questions = lambda folder, split: task.questions(folder, split)[:limit]
+    return limited
 
 
 def check_benchmarks(tasks: Sequence[TaskSplit], settings: BenchmarkSettings) -> None:
@@ -269,14 +267,13 @@ def _judge(
         outcome.notes.append("answers are rated by a language model: name one with --judge-url and --judge-model")
         return
     path = benchmark_folder(settings, selected) / REVIEW_FILE
-    keys = {answer.key for answer in answers}
     folder = task_folder(settings.data_dir, selected)
-    # Without a reply of the model there is nothing to rate; the score counts such questions among the unreviewed.
-    answered = _restricted(task, lambda questions: [q for q in questions if q.key in keys])
     try:
-        requests = answered.judge_requests(folder, selected.split, answers)
-        lines = review_answers(requests, settings.judge, path, task.review_line, description=f"{selected.label}, judge")
-        outcome.result = task.score_reviews(folder, selected.split, lines)
+        requests = task.judge_requests(folder, selected.split, answers)
+        description = f"{selected.label}, judge"
+        reviews = review_answers(requests, settings.judge, path, task.review_line, description=description)
+        outcome.num_failed_judge_requests = reviews.num_failed
+        outcome.result = task.score_reviews(folder, selected.split, reviews.lines)
     except UserError as error:
         if scores_are_due:
             raise
@@ -307,4 +304,5 @@ def _describe_outcome(outcome: _Outcome) -> dict[str, Any]:
         "result": None if outcome.result is None else result_as_json(outcome.result),
         "notes": outcome.notes,
         "uploads": [str(path) for path in outcome.uploads],
+        "num_failed_judge_requests": outcome.num_failed_judge_requests,
     }

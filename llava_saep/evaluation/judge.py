@@ -41,7 +41,28 @@ ReviewLine = Callable[[Review], dict[str, Any]]
 
 
 class JudgeFailed(Exception):
-    """One request got no reply; others may."""
+    """One request got no reply; others may.
+
+    Attributes:
+        may_pass: the same request may be answered another time.
+    """
+
+    def __init__(self, reason: str, *, may_pass: bool) -> None:
+        super().__init__(reason)
+        self.may_pass = may_pass
+
+
+@dataclass(frozen=True)
+class Reviews:
+    """What became of requests to a judge.
+
+    Attributes:
+        lines: one per request, in their order; of failed ones too.
+        num_failed: requests that failed in a way that may pass, so that another run may get a reply.
+    """
+
+    lines: list[dict[str, Any]]
+    num_failed: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +117,7 @@ class Judge:
                 return self._ask_once(request, client)
             except _Retry as retry:
                 if attempt == self.max_attempts:
-                    raise JudgeFailed(f"{retry.reason} ({attempt} attempts)") from retry
+                    raise JudgeFailed(f"{retry.reason} ({attempt} attempts)", may_pass=True) from retry
                 time.sleep(self._wait_seconds(attempt, retry.after_seconds))
         raise AssertionError("the last attempt returns or raises")
 
@@ -115,7 +136,7 @@ class Judge:
         except httpx.InvalidURL as error:
             raise UserError(f"--judge-url {self.url!r}: {error}") from error
         if response.status_code in _FAULTY_REQUESTS:
-            raise JudgeFailed(f"status {response.status_code}: {response.text[:300].strip()}")
+            raise JudgeFailed(f"status {response.status_code}: {response.text[:300].strip()}", may_pass=False)
         if response.status_code in _REFUSALS:
             raise UserError(
                 f"the judge at {self.endpoint} refuses (status {response.status_code}): {response.text[:300].strip()}. "
@@ -179,7 +200,7 @@ def review_answers(
     review_line: ReviewLine,
     *,
     description: str = "judge",
-) -> list[dict[str, Any]]:
+) -> Reviews:
     """Have answers reviewed; reviews that the file already holds of the same request and judge are kept.
 
     Reviews of other answers or by another judge are moved to a file beside it, where a later run finds them again.
@@ -187,7 +208,7 @@ def review_answers(
     Args:
         review_line: makes the line of a reply in the benchmark's published format; `reply` None is a failed request.
     Returns:
-        a line per request, in their order; of failed ones too, which are not written, so that they are asked again.
+        a line per request; those of failed ones are not written, so that they are asked again.
     Raises:
         UserError: the endpoint refuses requests of this kind, or there is not one review.
     """
@@ -195,14 +216,14 @@ def review_answers(
     done = _kept_reviews(path, set(keys))
     rewrite(path, done.values())
     waiting = [position for position, key in enumerate(keys) if key not in done]
-    failures: dict[int, str] = {}
+    failures: dict[int, JudgeFailed] = {}
     with (
         path.open("a", encoding="utf-8") as file,
         tqdm(total=len(requests), initial=len(requests) - len(waiting), desc=description, unit=" reviews") as progress,
     ):
         for position, reply in _replies(requests, waiting, judge):
             if isinstance(reply, JudgeFailed):
-                failures[position] = str(reply)
+                failures[position] = reply
             else:
                 done[keys[position]] = _line(requests[position], reply, review_line, keys[position])
                 file.write(json_line(done[keys[position]]))
@@ -211,7 +232,7 @@ def review_answers(
     _report_failures(failures, requests, judge)
     lines = [done.get(key) or _line(each, None, review_line, key) for each, key in zip(requests, keys, strict=True)]
     rewrite(path, [line for key, line in zip(keys, lines, strict=True) if key in done])
-    return lines
+    return Reviews(lines, sum(failure.may_pass for failure in failures.values()))
 
 
 def _replies(
@@ -272,7 +293,7 @@ def _read_reviews(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _report_failures(failures: Mapping[int, str], requests: Sequence[JudgeRequest], judge: Judge) -> None:
+def _report_failures(failures: Mapping[int, JudgeFailed], requests: Sequence[JudgeRequest], judge: Judge) -> None:
     if not failures:
         return
     first = min(failures)

@@ -13,6 +13,7 @@ from llava_saep.evaluation.tasks import JudgedTask, find_task, select_tasks, tas
 from tests.fixtures.benchmarks import write_sample
 from tests.fixtures.evaluation_runs import (
     TINY_MODEL,
+    write_lines,
     write_mmvet,
     write_pope,
     write_spatial_scenes,
@@ -163,9 +164,31 @@ def test_free_answers_are_rated_by_the_judge_that_is_named(data_dir, monkeypatch
     assert len(endpoint.requests) == 3  # the second run finds the reviews
     assert endpoint.requests[0][2]["Authorization"] == "Bearer secret"
     assert "judge: rater at 127.0.0.1" in entry["notes"][0]
+    assert entry["num_failed_judge_requests"] == 0
     assert "secret" not in "".join(
         path.read_text() for path in (data_dir.parent / "out").rglob("*.*") if path.is_file()
     )
+
+
+def test_requests_that_another_run_may_have_answered_are_counted_in_the_entry(data_dir, monkeypatch):
+    """A reply without a score is none of them: the judge has been asked and has answered."""
+    monkeypatch.setattr("llava_saep.evaluation.judge.time.sleep", lambda seconds: None)
+    annotations = json.loads((data_dir / "mm-vet" / "mm-vet.json").read_text())
+    for index, entry in enumerate(annotations.values()):
+        entry["question"] = f"Question {index}?"
+    (data_dir / "mm-vet" / "mm-vet.json").write_text(json.dumps(annotations))
+    replies = {"Question 0?": (503, "busy", {}), "Question 1?": chat_reply("a fine answer")}
+    with running_endpoint() as endpoint:
+        endpoint.respond = lambda text, times: next(
+            (reply for question, reply in replies.items() if question in text), chat_reply("1.0")
+        )
+        flags = ["--judge-url", endpoint.url, "--judge-model", "rater"]
+        results = run(data_dir, *flags, task="mmvet,spatial_scenes")
+        assert results["mmvet"]["num_failed_judge_requests"] == 1
+        assert results["mmvet"]["result"]["metrics"][0]["n"] == 1
+        assert results["spatial_scenes"]["num_failed_judge_requests"] == 0
+        replies.clear()
+        assert run(data_dir, *flags, task="mmvet")["mmvet"]["num_failed_judge_requests"] == 0
 
 
 def test_judge_that_refuses_costs_no_answers(data_dir, capsys):
@@ -322,6 +345,22 @@ def test_answer_files_of_llava_are_scored_without_a_model(tmp_path, capsys):
     assert rows["random"]["F1"] == pytest.approx(0.5)
 
 
+def test_answers_without_their_prompts_are_rated(data_dir):
+    """Questions are told apart by their ids, as where answers are compared with labels."""
+    answers = data_dir.parent / "answers.jsonl"
+    write_lines(answers, [{"question_id": index, "text": "a dog"} for index in range(2)])
+    places = ["--answers", str(answers), "--data-dir", str(data_dir), "--output-dir", str(data_dir.parent / "out")]
+    with running_endpoint() as endpoint:
+        endpoint.respond = lambda text, times: chat_reply("1.0")
+        judge = ["--judge-url", endpoint.url, "--judge-model", "rater"]
+        assert main(["eval", "--task", "mmvet", *places, *judge]) == 0
+    entry = json.loads((data_dir.parent / "out" / "mmvet" / "result.json").read_text())
+    assert entry["result"]["metrics"][0]["n"] == 2 and entry["num_failed_judge_requests"] == 0
+    assert [(each["reason"], each["count"]) for each in entry["result"]["exclusions"]] == [
+        ("questions without a review", 1)
+    ]
+
+
 def test_answer_file_is_of_one_set_of_questions(tmp_path, capsys):
     message = mistake(capsys, "--task", "pope,gqa", "--answers", tmp_path / "a.jsonl")
     assert "--answers is one file of one set of questions" in message
@@ -338,7 +377,7 @@ def test_answers_to_questions_that_are_not_there_are_not_scored(tmp_path, capsys
     )
     assert "pope: " in message and "llava_pope_test.jsonl is missing. eval.zip" in message
     assert "val2014" not in message  # images are not asked for again
-    assert "--question_file" not in message
+    assert "--question-file" not in message
 
 
 @pytest.mark.parametrize(

@@ -35,15 +35,15 @@ def line(review):
     return {**review.record, "question_id": review.question_id, "content": review.reply}
 
 
-def contents(lines):
-    return [each["content"] for each in lines]
+def contents(reviews):
+    return [each["content"] for each in reviews.lines]
 
 
 def test_reviews_follow_the_order_of_the_requests_in_the_protocol_of_openai(endpoint, tmp_path):
     asked = judge(endpoint, api_key="secret")
     reviews = review_answers(requests("a", "b", "c"), asked, tmp_path / "reviews.jsonl", line)
     assert contents(reviews) == ["rated a", "rated b", "rated c"]
-    assert [json.loads(text) for text in (tmp_path / "reviews.jsonl").read_text().splitlines()] == reviews
+    assert [json.loads(text) for text in (tmp_path / "reviews.jsonl").read_text().splitlines()] == reviews.lines
     path, body, headers = endpoint.requests[0]
     assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer secret"
     assert body["messages"][0] == {"role": "system", "content": "be fair"}
@@ -102,7 +102,7 @@ def test_failed_review_is_counted_and_asked_for_by_the_next_run(endpoint, tmp_pa
     endpoint.respond = lambda text, times: (500, "", {}) if text == "b" else chat_reply(f"rated {text}")
     path = tmp_path / "r.jsonl"
     reviews = review_answers(requests("a", "b", "c"), judge(endpoint, max_attempts=2), path, line)
-    assert contents(reviews) == ["rated a", None, "rated c"]
+    assert contents(reviews) == ["rated a", None, "rated c"] and reviews.num_failed == 1
     assert "1 of 3 reviews failed, the first one of question 1: status 500 (2 attempts)" in caplog.text
     assert len(path.read_text().splitlines()) == 2
     endpoint.respond = lambda text, times: chat_reply(f"rated {text}")
@@ -161,7 +161,9 @@ def test_request_that_the_endpoint_will_not_take_costs_the_others_nothing(endpoi
     path = tmp_path / "r.jsonl"
     endpoint.respond = lambda text, times: (status, "filtered", {}) if text == "b" else chat_reply(f"rated {text}")
     for _ in range(2):  # also where nothing but this one is left to ask
-        assert contents(review_answers(requests("a", "b"), judge(endpoint), path, line)) == ["rated a", None]
+        reviews = review_answers(requests("a", "b"), judge(endpoint), path, line)
+        assert contents(reviews) == ["rated a", None]
+        assert reviews.num_failed == 0  # another try would end as this one
     assert f"1 of 2 reviews failed, the first one of question 1: status {status}: filtered" in caplog.text
     assert endpoint.times == {"a": 1, "b": 2}  # sent once by each run
     with pytest.raises(UserError, match=f"answers nothing: 1 of 1 .* status {status}: filtered"):
@@ -176,7 +178,7 @@ def test_reviews_of_other_answers_and_judges_are_set_aside_and_found_again(endpo
     assert endpoint.times == {"a": 2, "b": 2}
     first = review_answers(requests("a", "b"), judge(endpoint), path, line)
     assert contents(first) == ["rated a", "rated b"] and endpoint.times == {"a": 2, "b": 2}
-    assert [json.loads(text) for text in path.read_text().splitlines()] == first
+    assert [json.loads(text) for text in path.read_text().splitlines()] == first.lines
     assert len((tmp_path / "r.others.jsonl").read_text().splitlines()) == 5  # of the other program, and of both judges
 
 
