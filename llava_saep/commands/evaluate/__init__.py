@@ -42,7 +42,7 @@ def _run(arguments) -> int:
         return question_files.run(arguments)
     from llava_saep.commands.evaluate import tasks
 
-    return tasks.score_answers(arguments) if arguments.answers else tasks.run(arguments)
+    return tasks.run(arguments) if arguments.answers is None else tasks.score_answers(arguments)
 
 
 def _on_ranks(run) -> int:

@@ -1,6 +1,7 @@
 """The flags of `llava-saep eval`."""
 
 import argparse
+from collections.abc import Sequence
 
 from llava_saep.errors import UserError
 from llava_saep.evaluation.tasks._base import DATA_ROOT
@@ -9,6 +10,13 @@ from llava_saep.program import AbbreviatingParser
 DEFAULT_BATCH_SIZE = 32
 DEFAULT_MAX_NEW_TOKENS = 64
 """For question files; benchmarks have limits of their own."""
+
+_OF_BENCHMARKS = ("answers", "limit", "data_dir", "judge_url", "judge_model", "judge_key_file")
+_OF_QUESTION_FILES = ("image_folder", "blind")
+_OF_MODELS = (
+    *("model_path", "model_base", "conv_mode", "device", "load_8bit", "load_4bit", "trust_projector_code"),
+    *("batch_size", "max_new_tokens", "on_bad_image"),
+)
 
 _DESCRIPTION = """\
 Answer benchmarks (--task) or a question file of your own (--question-file), and score the answers. An interrupted run
@@ -34,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     add_flag(what, "image-folder", help="default: images/ beside the question file, or else the folder that it is in")
     add_flag(what, "blind", action="store_true", help="also answer a question file without the images, for comparison")
     add_flag(what, "task", help="benchmarks, with commas between them; name:split for one split; list prints all")
-    add_flag(what, "data-dir", default=str(DATA_ROOT), help="LLaVA's evaluation folders (default: %(default)s)")
+    add_flag(what, "data-dir", help=f"LLaVA's evaluation folders (default: {DATA_ROOT})")
     add_flag(what, "answers", "answers-file", help="score this answer file; no model is loaded")
     add_flag(what, "limit", type=int, help="only the first questions of each benchmark, to try things out")
     _add_model_flags(made.add_argument_group("who answers"))
@@ -42,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     add_flag(
         how, "output-dir", help="default: evaluation/ in the model's folder; evaluation/NAME for a model of the hub"
     )
-    add_flag(how, "batch-size", type=int, default=DEFAULT_BATCH_SIZE, help="halved when it does not fit (%(default)s)")
+    add_flag(how, "batch-size", type=int, help=f"halved when it does not fit (default: {DEFAULT_BATCH_SIZE})")
     add_flag(how, "max-new-tokens", type=int, help="default: what the benchmark allows; 64 for a question file")
     add_flag(
         how,
@@ -94,28 +102,43 @@ def add_judge_flags(group) -> None:
 
 
 def check_flags(arguments: argparse.Namespace) -> None:
-    """Refuse flags that contradict each other or are out of range.
+    """Refuse flags that contradict each other, would change nothing, or are out of range.
 
     Raises:
         UserError: with the flags as they were given.
     """
     if (arguments.task is None) == (arguments.question_file is None):
         raise UserError("name either benchmarks (--task pope,gqa) or a question file (--question-file FILE)")
-    if arguments.model_path is None and arguments.answers is None:
+    if arguments.task is None:
+        refuse_idle_flags(arguments, _OF_BENCHMARKS, "is for benchmarks (--task)")
+    else:
+        why = "is for question files (--question-file); benchmarks have folders of their own, and no blind run"
+        refuse_idle_flags(arguments, _OF_QUESTION_FILES, why)
+    if arguments.answers is not None:
+        refuse_idle_flags(arguments, _OF_MODELS, "is for a model that answers; --answers scores answers that are there")
+        if not arguments.answers:
+            raise UserError("--answers is empty; name a file of answers")
+    elif arguments.model_path is None:
         raise UserError("--model-path is missing: which model shall answer? (--answers FILE scores without one)")
-    if arguments.batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, got {arguments.batch_size}")
-    if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
-    if arguments.limit is not None and arguments.limit < 1:
-        raise UserError(f"--limit must be at least 1, got {arguments.limit}")
+    for flag in ("batch_size", "max_new_tokens", "limit"):
+        value = getattr(arguments, flag)
+        if value is not None and value < 1:
+            raise UserError(f"--{flag.replace('_', '-')} must be at least 1, got {value}")
     check_judge_flags(arguments)
-    only_for_tasks = {"--answers": arguments.answers, "--limit": arguments.limit, "--judge-url": arguments.judge_url}
-    given = [flag for flag, value in only_for_tasks.items() if value is not None]
-    if arguments.task is None and given:
-        raise UserError(f"{given[0]} is for benchmarks (--task)")
-    if arguments.task is not None and arguments.blind:
-        raise UserError("--blind is for question files (--question-file)")
+
+
+def refuse_idle_flags(arguments: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """Refuse flags that would change nothing beside the others.
+
+    Args:
+        names: attributes of `arguments`, None or False where the flag was not given.
+        why: goes on after the flag.
+    Raises:
+        UserError: with the first one that was given.
+    """
+    given = [name for name in names if getattr(arguments, name) not in (None, False)]
+    if given:
+        raise UserError(f"--{given[0].replace('_', '-')} {why}")
 
 
 def check_judge_flags(arguments: argparse.Namespace) -> None:

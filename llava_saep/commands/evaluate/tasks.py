@@ -1,8 +1,10 @@
 """`llava-saep eval --task`: benchmarks on a model, or on an answer file."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
+from llava_saep.commands.evaluate.flags import DEFAULT_BATCH_SIZE
 from llava_saep.errors import UserError
 from llava_saep.evaluation.benchmarks import (
     BenchmarkSettings,
@@ -14,7 +16,8 @@ from llava_saep.evaluation.benchmarks import (
 )
 from llava_saep.evaluation.judge import Judge, find_api_key
 from llava_saep.evaluation.results import terminal_report
-from llava_saep.evaluation.tasks import Task, find_task, select_tasks, task_names
+from llava_saep.evaluation.tasks import JudgedTask, Task, TaskSplit, find_task, select_tasks, task_names
+from llava_saep.evaluation.tasks._base import DATA_ROOT
 from llava_saep.evaluation.tasks._files import read_answers
 
 NOT_SCORED_EXIT_CODE = 1
@@ -51,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     tasks = select_tasks([arguments.task])
     if not tasks:
         raise UserError(f"--task {arguments.task!r} names no benchmark; --task list prints all")
-    settings = _settings(arguments, chosen_output_dir(arguments))
+    settings = _settings(arguments, tasks, chosen_output_dir(arguments))
     check_benchmarks(tasks, settings)
     entries = evaluate_benchmarks(AskedModel.load(chosen_model(arguments)), tasks, settings)
     if not entries:
@@ -74,34 +77,41 @@ def score_answers(arguments: argparse.Namespace) -> int:
         names = ", ".join(each.label for each in tasks) or "none"
         raise UserError(f"--answers is one file of one set of questions, but --task {arguments.task} names {names}")
     path = Path(arguments.answers).expanduser()
-    answers = read_answers(path)
     output_dir = Path(arguments.output_dir).expanduser() if arguments.output_dir else path.parent
-    settings = _settings(arguments, output_dir)
-    entry = score_answer_file(tasks[0], answers, path, settings)
+    settings = _settings(arguments, tasks, output_dir)
+    entry = score_answer_file(tasks[0], read_answers(path), path, settings)
     print(terminal_report({entry["label"]: entry}))
     if arguments.output_dir:
         write_result(benchmark_folder(settings, tasks[0]), entry)
-    return NOT_SCORED_EXIT_CODE if entry["result"] is None and tasks[0].task.has_labels(tasks[0].split) else 0
+    return NOT_SCORED_EXIT_CODE if unscored({tasks[0].label: entry}, tasks) else 0
 
 
-def _settings(arguments: argparse.Namespace, output_dir: Path) -> BenchmarkSettings:
+def _settings(arguments: argparse.Namespace, tasks: Sequence[TaskSplit], output_dir: Path) -> BenchmarkSettings:
     return BenchmarkSettings(
-        data_dir=Path(arguments.data_dir).expanduser(),
+        data_dir=Path(arguments.data_dir or DATA_ROOT).expanduser(),
         output_dir=output_dir,
-        batch_size=arguments.batch_size,
+        batch_size=arguments.batch_size or DEFAULT_BATCH_SIZE,
         limit=arguments.limit,
         max_new_tokens=arguments.max_new_tokens,
         on_bad_image=arguments.on_bad_image,
-        judge=chosen_judge(arguments),
+        judge=chosen_judge(arguments, tasks),
     )
 
 
-def chosen_judge(arguments: argparse.Namespace) -> Judge | None:
+def chosen_judge(arguments: argparse.Namespace, tasks: Sequence[TaskSplit] | None = None) -> Judge | None:
     """The judge that the flags name.
 
+    Args:
+        tasks: what it is to rate, among others; None: that is not looked at.
     Raises:
-        UserError: the file of its key cannot be read.
+        UserError: none of the tasks has answers for a judge, or the file of its key cannot be read.
     """
     if arguments.judge_url is None:
         return None
+    if tasks is not None and not any(isinstance(each.task, JudgedTask) for each in tasks):
+        rated = ", ".join(name for name in task_names() if isinstance(find_task(name), JudgedTask))
+        raise UserError(
+            f"--judge-url is for benchmarks whose answers a language model rates ({rated}); "
+            f"--task {arguments.task} names none"
+        )
     return Judge(url=arguments.judge_url, model=arguments.judge_model, api_key=find_api_key(arguments.judge_key_file))

@@ -316,15 +316,67 @@ def test_malformed_questions_of_any_benchmark_are_found_before_the_first_is_run(
         (["--task", "pope", "--limit", "0"], "--limit must be at least 1"),
         (["--task", "pope", "--batch-size", "0"], "--batch-size must be at least 1"),
         (["--task", "pope", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
-        (["--task", "pope", "--judge-url", "http://x"], "needs both --judge-url and --judge-model"),
-        (["--task", "pope", "--judge-key-file", "key"], "--judge-key-file is for a judge, and there is none"),
+        (["--task", "mmvet", "--judge-url", "http://x"], "needs both --judge-url and --judge-model"),
+        (["--task", "mmvet", "--judge-key-file", "key"], "--judge-key-file is for a judge, and there is none"),
         (["--task", "pope", "--output-dir", TINY_MODEL], "is the model's own folder"),
-        (["--task", "pope", "--blind"], "--blind is for question files"),
-        (["--question_file", "q.jsonl", "--limit", "3"], "--limit is for benchmarks"),
     ],
 )
-def test_contradicting_flags_are_refused(flags, message, capsys, tmp_path):
-    assert message in mistake(capsys, *flags, "--model-path", TINY_MODEL, "--data-dir", tmp_path)
+def test_contradicting_flags_are_refused(flags, message, capsys):
+    assert message in mistake(capsys, *flags, "--model-path", TINY_MODEL)
+
+
+JUDGE = ["--judge-url", "http://x", "--judge-model", "m"]
+VALUES = {
+    "--batch-size": "8",
+    "--max-new-tokens": "8",
+    "--limit": "3",
+    "--on-bad-image": "exclude",
+    "--load-8bit": None,
+    "--load-4bit": None,
+    "--trust-projector-code": None,
+    "--blind": None,
+}
+"""Of flags that take a number, a choice or nothing; all others take any text."""
+
+
+def given(flag):
+    value = VALUES.get(flag, "somewhere")
+    return [flag] if value is None else [flag, value]
+
+
+@pytest.mark.parametrize(
+    ("flag", "beside", "message"),
+    [
+        *(
+            (flag, ["--task", "pope", "--model-path", TINY_MODEL], "is for question files (--question-file)")
+            for flag in ("--image-folder", "--blind")
+        ),
+        *(
+            (flag, ["--question-file", "q.jsonl", "--model-path", TINY_MODEL], "is for benchmarks (--task)")
+            for flag in ("--answers", "--limit", "--data-dir", "--judge-url", "--judge-model", "--judge-key-file")
+        ),
+        *(
+            (flag, ["--task", "pope", "--answers", "a.jsonl"], "is for a model that answers")
+            for flag in (
+                *("--model-path", "--model-base", "--conv-mode", "--device", "--load-8bit", "--load-4bit"),
+                *("--trust-projector-code", "--batch-size", "--max-new-tokens", "--on-bad-image"),
+            )
+        ),
+    ],
+)
+def test_flags_that_would_change_nothing_are_refused(flag, beside, message, capsys):
+    assert f"{flag} {message}" in mistake(capsys, *beside, *given(flag))
+
+
+@pytest.mark.parametrize("beside", [["--model-path", TINY_MODEL], ["--answers", "a.jsonl"]])
+def test_judge_of_answers_that_no_judge_rates_is_refused(beside, capsys, tmp_path):
+    message = mistake(capsys, "--task", "pope,gqa" if "--model-path" in beside else "pope", *beside, *JUDGE)
+    assert "--judge-url is for benchmarks whose answers a language model rates (llava_bench, mmvet); --task " in message
+
+
+def test_empty_name_of_an_answer_file_is_said(capsys):
+    """As a script gives it whose variable is not set."""
+    assert "--answers is empty; name a file of answers" in mistake(capsys, "--task", "pope", "--answers", "")
 
 
 def test_model_is_needed_unless_there_are_answers(capsys):
