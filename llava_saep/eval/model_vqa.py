@@ -8,7 +8,6 @@ stopped when the same command is given again.
 """
 
 import argparse
-import logging
 import math
 import sys
 from collections.abc import Sequence
@@ -17,16 +16,14 @@ from typing import TypeVar
 
 from llava_saep.errors import UserError
 from llava_saep.evaluation import ranks
-from llava_saep.evaluation.asking import AskedModel, ModelChoice
+from llava_saep.evaluation.asking import AskedModel, ModelChoice, fit_to_context
 from llava_saep.evaluation.questions import read_questions
 from llava_saep.evaluation.runner import answer_questions, as_task_question, check_images
 from llava_saep.evaluation.tasks import TaskQuestion
-from llava_saep.generation import GenerationOptions, Predictor
+from llava_saep.generation import GenerationOptions
 from llava_saep.mm_utils import get_model_name_from_path
 from llava_saep.model.hub import local_folder
 from llava_saep.program import AbbreviatingParser, run_program
-
-logger = logging.getLogger(__name__)
 
 NAME = "llava_saep.eval.model_vqa"
 MAX_NEW_TOKENS = 1024
@@ -77,18 +74,6 @@ def decoding_options(arguments: argparse.Namespace) -> GenerationOptions:
     )
 
 
-def fit_to_context(options: GenerationOptions, predictor: Predictor) -> GenerationOptions:
-    """Shorten answers for a model with a short context (`Predictor.fit`), and say so: the answers may end early."""
-    fitted = predictor.fit(options)
-    if fitted != options:
-        logger.warning(
-            "--max-new-tokens %d leaves no room for a prompt in the model's context; %d is used",
-            options.max_new_tokens,
-            fitted.max_new_tokens,
-        )
-    return fitted
-
-
 def chunk(items: Sequence[T], num_chunks: int, index: int) -> Sequence[T]:
     """Return one of `num_chunks` consecutive parts; the last ones may be shorter, or empty.
 
@@ -127,7 +112,7 @@ def answer_part(arguments: argparse.Namespace, questions: Sequence[TaskQuestion]
     check_images(questions)
     with ranks.process_group():
         model = AskedModel.load(_chosen_model(arguments))
-        options = fit_to_context(decoding, model.predictor)
+        options = fit_to_context(decoding, model.predictor, "--max-new-tokens")
         answer_questions(
             questions,
             model.asking(options, batch_size=arguments.batch_size, on_bad_image="error"),

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from llava_saep.data.remote_images import find_image
-from llava_saep.eval.model_vqa import add_decoding_flags, decoding_options, fit_to_context
+from llava_saep.eval.model_vqa import add_decoding_flags, decoding_options
+from llava_saep.evaluation.asking import fit_to_context
 from llava_saep.generation import Predictor, content_with_placeholders
 from llava_saep.program import AbbreviatingParser, run_program
 
@@ -57,7 +58,8 @@ def eval_model(args: Any) -> str:
         template=args.conv_mode,
     )
     content = content_with_placeholders(args.query, images)
-    (answer,) = predictor.generate([[{"role": "user", "content": content}]], fit_to_context(options, predictor))
+    fitted = fit_to_context(options, predictor, "--max-new-tokens")
+    (answer,) = predictor.generate([[{"role": "user", "content": content}]], fitted)
     print(answer)
     return answer
 

@@ -73,21 +73,20 @@ class AskedModel:
         fingerprint = ranks.from_rank_zero(lambda: _fingerprint(choice))
         return cls(choice=choice, predictor=predictor, fingerprint=fingerprint)
 
-    def fit(self, options: GenerationOptions, description: str) -> GenerationOptions:
-        """Lower an answer's limit where the model's context is too short for it, and say so.
+    def answer_options(self, limit: int | None, default: int, description: str) -> GenerationOptions:
+        """Greedy decoding with a limit that suits the model's context.
 
         Args:
+            limit: what the user asks for, which is kept where it leaves any room for a prompt: a question that does
+                not fit beside it is left out and reported. None: `default`, or what half of the context holds.
             description: of what is asked.
         """
-        fitted = self.predictor.fit(options)
-        if fitted != options:
-            logger.warning(
-                "%s: answers of up to %d tokens leave no room for a prompt in the model's context; %d are allowed",
-                description,
-                options.max_new_tokens,
-                fitted.max_new_tokens,
-            )
-        return fitted
+        from llava_saep.generation import GenerationOptions
+
+        options, context = GenerationOptions(max_new_tokens=limit or default), self.predictor.context_length
+        if limit is not None and (context is None or limit < context):
+            return options
+        return fit_to_context(options, self.predictor, description)
 
     def asking(
         self,
@@ -154,6 +153,24 @@ class AskedModel:
             dataclasses.asdict(options),
         ]
         return text_fingerprint(facts)
+
+
+def fit_to_context(options: GenerationOptions, predictor: Predictor, description: str) -> GenerationOptions:
+    """Shorten answers for a model with a short context (`Predictor.fit`), and say so: the answers may end early.
+
+    Args:
+        description: of what is asked.
+    """
+    fitted = predictor.fit(options)
+    if fitted != options:
+        logger.warning(
+            "%s: answers of up to %d tokens are more than half of the model's context of %d; %d are allowed",
+            description,
+            options.max_new_tokens,
+            predictor.context_length,
+            fitted.max_new_tokens,
+        )
+    return fitted
 
 
 def prompt_lengths_of(predictor: Predictor, *, blind: bool = False) -> PromptLengths:

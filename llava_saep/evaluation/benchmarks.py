@@ -192,10 +192,8 @@ def _evaluate(model: AskedModel, selected: TaskSplit, settings: BenchmarkSetting
 
 
 def decoding_options(model: AskedModel, task: Task, settings: BenchmarkSettings) -> GenerationOptions:
-    """Greedy, with the benchmark's limit, or less where the model's context is short."""
-    from llava_saep.generation import GenerationOptions
-
-    return model.fit(GenerationOptions(max_new_tokens=settings.max_new_tokens or task.max_new_tokens), task.name)
+    """Greedy, with the limit that was asked for, or the benchmark's, or less where the model's context is short."""
+    return model.answer_options(settings.max_new_tokens, task.max_new_tokens, task.name)
 
 
 def answer_of(record: Record) -> Answer:

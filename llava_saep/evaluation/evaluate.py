@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llava_saep.evaluation.asking import AskedModel, ModelChoice
 from llava_saep.evaluation.fingerprints import questions_fingerprint
 from llava_saep.evaluation.metrics import Score, score_answers
-from llava_saep.evaluation.questions import Question
+from llava_saep.evaluation.questions import DEFAULT_MAX_NEW_TOKENS, Question
 from llava_saep.evaluation.report import json_report, markdown_table, report_rows
 from llava_saep.evaluation.results import describe_program
 from llava_saep.evaluation.runner import (
@@ -88,7 +88,7 @@ def evaluate_questions(
     image_folder: Path,
     output_dir: Path,
     batch_size: int,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     blind: bool = True,
     chance: Mapping[str, float] | None = None,
     on_bad_image: BadImagePolicy | None = None,
@@ -98,18 +98,17 @@ def evaluate_questions(
     Writes answers.jsonl, answers_blind.jsonl (when `blind`), report.json and report.md.
 
     Args:
+        max_new_tokens: None: `DEFAULT_MAX_NEW_TOKENS`, or less where the model's context is short.
         chance: passed on to `score_answers`.
         on_bad_image: as in `BenchmarkSettings`.
     Raises:
         UserError, ProjectorError: the model cannot be loaded, images are missing, or see `answer_questions`.
     """
-    from llava_saep.generation import GenerationOptions
-
     asked = [as_task_question(question, image_folder) for question in questions]
     if on_bad_image != "exclude":
         check_images(asked)
     model = AskedModel.load(choice)
-    options = model.fit(GenerationOptions(max_new_tokens=max_new_tokens), "questions")
+    options = model.answer_options(max_new_tokens, DEFAULT_MAX_NEW_TOKENS, "questions")
     ask = partial(model.asking, options, batch_size=batch_size, on_bad_image=on_bad_image or "exclude")
     answer = partial(answer_questions, asked, model_id=choice.model_id, fingerprint=model.answers_fingerprint(options))
     seeing = answer(ask(), answers_path=output_dir / "answers.jsonl", description="with images")

@@ -11,6 +11,8 @@ from llava_saep.evaluation.words import normalized_words
 
 DEFAULT_CATEGORY = "default"
 """What LLaVA's own question files call their one category."""
+DEFAULT_MAX_NEW_TOKENS = 64
+"""For answers to question files of one's own; benchmarks have limits of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)

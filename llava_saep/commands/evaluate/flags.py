@@ -4,12 +4,11 @@ import argparse
 from collections.abc import Sequence
 
 from llava_saep.errors import UserError
+from llava_saep.evaluation.questions import DEFAULT_MAX_NEW_TOKENS
 from llava_saep.evaluation.tasks._base import DATA_ROOT
 from llava_saep.program import AbbreviatingParser
 
 DEFAULT_BATCH_SIZE = 32
-DEFAULT_MAX_NEW_TOKENS = 64
-"""For question files; benchmarks have limits of their own."""
 
 _OF_BENCHMARKS = ("answers", "limit", "data_dir", "judge_url", "judge_model", "judge_key_file")
 _OF_QUESTION_FILES = ("image_folder", "blind")
@@ -51,7 +50,8 @@ def parser() -> argparse.ArgumentParser:
         how, "output-dir", help="default: evaluation/ in the model's folder; evaluation/NAME for a model of the hub"
     )
     add_flag(how, "batch-size", type=int, help=f"halved when it does not fit (default: {DEFAULT_BATCH_SIZE})")
-    add_flag(how, "max-new-tokens", type=int, help="default: what the benchmark allows; 64 for a question file")
+    limit = f"default: what the benchmark allows; {DEFAULT_MAX_NEW_TOKENS} for a question file"
+    add_flag(how, "max-new-tokens", type=int, help=limit)
     add_flag(
         how,
         "on-bad-image",

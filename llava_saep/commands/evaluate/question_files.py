@@ -11,7 +11,7 @@ from llava_saep.evaluation.runner import as_task_question, check_images
 
 def run(arguments: argparse.Namespace) -> int:
     """Answer, score, print the table and write the reports."""
-    from llava_saep.commands.evaluate.flags import DEFAULT_BATCH_SIZE, DEFAULT_MAX_NEW_TOKENS
+    from llava_saep.commands.evaluate.flags import DEFAULT_BATCH_SIZE
 
     question_file = Path(arguments.question_file)
     questions = read_questions(question_file)
@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
         image_folder=image_folder,
         output_dir=output_dir,
         batch_size=arguments.batch_size or DEFAULT_BATCH_SIZE,
-        max_new_tokens=arguments.max_new_tokens or DEFAULT_MAX_NEW_TOKENS,
+        max_new_tokens=arguments.max_new_tokens,
         blind=arguments.blind,
         on_bad_image=arguments.on_bad_image,
     )

@@ -46,7 +46,14 @@ def test_answers_longer_than_the_context_are_shortened_and_it_is_said(folders, c
     assert main(flags(folders, "--max-new-tokens", str(context_length))) == 0
     report = json.loads((folders / "model" / "evaluation" / "report.json").read_text())
     assert 0 < report["decoding"]["max_new_tokens"] <= context_length // 2
-    assert "leave no room for a prompt" in caplog.text
+    assert "questions: answers of up to 512 tokens are more than half of the model's context of 512" in caplog.text
+
+
+def test_limit_that_leaves_room_for_a_prompt_is_kept_as_it_was_asked_for(folders, caplog):
+    """The tiny model's context is 512 tokens."""
+    assert main(flags(folders, "--max-new-tokens", "400")) == 0
+    report = json.loads((folders / "model" / "evaluation" / "report.json").read_text())
+    assert report["decoding"]["max_new_tokens"] == 400 and "context" not in caplog.text
 
 
 def test_images_beside_the_question_file_are_found_and_both_runs_scored(folders, capsys):

@@ -112,3 +112,20 @@ def test_fingerprint_of_answers_follows_what_changes_them_and_nothing_else():
         load(TINY_ADAPTER, base=str(TINY_MODEL)).answers_fingerprint(OPTIONS),
     ]
     assert len(set(variants)) == len(variants)
+
+
+@pytest.mark.parametrize(
+    ("limit", "default", "allowed", "is_said"),
+    [
+        pytest.param(None, 64, 64, False, id="default that fits"),
+        pytest.param(None, 1024, 256, True, id="default beyond half of the context"),
+        pytest.param(300, 64, 300, False, id="asked for and below the context"),
+        pytest.param(512, 64, 256, True, id="asked for, and no prompt fits beside it"),
+    ],
+)
+def test_limit_that_was_asked_for_is_kept_and_a_default_fitted(limit, default, allowed, is_said, caplog):
+    """The tiny model's context is 512 tokens."""
+    options = load(TINY_MODEL).answer_options(limit, default, "pope")
+    assert options == GenerationOptions(max_new_tokens=allowed)
+    words = f"pope: answers of up to {limit or default} tokens are more than half of the model's context of 512"
+    assert (words in caplog.text) == is_said
