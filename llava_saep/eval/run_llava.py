@@ -49,11 +49,10 @@ def eval_model(args: Any) -> str:
     options = decoding_options(args)
     paths = args.image_file.split(args.sep) if isinstance(args.image_file, str) else args.image_file
     images = [find_image(path) for path in paths]
-    given = vars(args) if isinstance(args, argparse.Namespace) else {}
     predictor = Predictor.from_pretrained(
         args.model_path,
-        device=given.get("device"),
-        trust_projector_code=given.get("trust_projector_code", False),
+        device=getattr(args, "device", None),
+        trust_projector_code=getattr(args, "trust_projector_code", False),
         model_base=args.model_base,
         template=args.conv_mode,
     )

@@ -247,6 +247,24 @@ def test_eval_model_takes_the_arguments_of_llavas_readme(tmp_path, capsys):
     assert answer in capsys.readouterr().out
 
 
+def test_eval_model_finds_device_and_trust_in_any_object(tmp_path, monkeypatch):
+    """The README of LLaVA makes a class of the arguments; flags of ours may be added to it."""
+    handed_on = {}
+
+    def from_pretrained(folder, **kwargs):
+        handed_on.update(kwargs)
+        raise UserError("seen")
+
+    monkeypatch.setattr(run_llava.Predictor, "from_pretrained", from_pretrained)
+    image = str(write_image(tmp_path / "0.png"))
+    values = {"model_path": "m", "model_base": None, "query": "?", "conv_mode": None, "image_file": image, "sep": ","}
+    decoding = {"temperature": 0, "top_p": None, "num_beams": 1, "max_new_tokens": 6}
+    arguments = type("Args", (), {**values, **decoding, "device": "cpu", "trust_projector_code": True})()
+    with pytest.raises(UserError, match="seen"):
+        run_llava.eval_model(arguments)
+    assert (handed_on["device"], handed_on["trust_projector_code"]) == ("cpu", True)
+
+
 @pytest.mark.parametrize(
     "module",
     [
