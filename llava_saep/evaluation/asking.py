@@ -226,7 +226,23 @@ def _open_for(predictor: Predictor, source: ImageSource) -> Image.Image:
     return predictor.processor.load_images([source])[0]
 
 
+def local_base(folder: Path, given: str | None) -> Path | None:
+    """The folder here of the language model (or LLaVA model) that a saved projector or adapter belongs to.
+
+    Args:
+        given: what the user names as the base.
+    Returns:
+        None for a whole model, and for a base that is fetched from the hub.
+    Raises:
+        UserError, ProjectorError: as `inspect_folder`.
+    """
+    from llava_saep.model.loading import inspect_folder
+
+    saved = inspect_folder(folder, model_base=given)
+    named = None if saved.kind == "full" else saved.config.language_model_name_or_path
+    return Path(named) if named and Path(named).is_dir() else None
+
+
 def _fingerprint(choice: ModelChoice) -> str:
-    own = model_fingerprint(choice.path)
-    base = Path(choice.base).expanduser() if choice.base else None
-    return own if base is None or not base.is_dir() else f"{own}+{model_fingerprint(base)}"
+    own, base = model_fingerprint(choice.path), local_base(choice.path, choice.base)
+    return own if base is None else f"{own}+{model_fingerprint(base)}"

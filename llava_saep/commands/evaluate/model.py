@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from llava_saep.errors import UserError
-from llava_saep.evaluation.asking import ModelChoice
+from llava_saep.evaluation.asking import ModelChoice, local_base
 
 
 def chosen_model(arguments: argparse.Namespace) -> ModelChoice:
@@ -49,18 +49,29 @@ def chosen_output_dir(arguments: argparse.Namespace) -> Path:
     """Where answers and reports go.
 
     Raises:
-        UserError: that is the model's own folder, whose files tell whether answers are this model's.
+        UserError: that is the model's own folder or its base's, whose files tell whether answers are this model's; or
+            the folder holds no model.
     """
     from llava_saep.model.hub import is_hub_name
 
     path = Path(arguments.model_path).expanduser()
-    if arguments.output_dir:
-        output_dir = Path(arguments.output_dir).expanduser()
-        if output_dir.resolve() == path.resolve():
-            raise UserError(
-                f"--output-dir {output_dir} is the model's own folder, where reports would pass for parts of the "
-                f"model; name another one, or none: then it is {path / 'evaluation'}"
-            )
-        return output_dir
     # Beside a model of the hub nobody would find the answers.
-    return Path("evaluation") / path.name if is_hub_name(path) else path / "evaluation"
+    usual = Path("evaluation") / path.name if is_hub_name(path) else path / "evaluation"
+    if not arguments.output_dir:
+        return usual
+    output_dir = Path(arguments.output_dir).expanduser()
+    base = _base(path, arguments.model_base)
+    for folder, whose in ((path, "the model's own folder"), (base, "the folder of the model's base")):
+        if folder is not None and output_dir.resolve() == folder.resolve():
+            raise UserError(
+                f"--output-dir {output_dir} is {whose}, where reports would pass for parts of a model; name another "
+                f"one, or none: then it is {usual}"
+            )
+    return output_dir
+
+
+def _base(path: Path, given: str | None) -> Path | None:
+    """As `local_base`; of a model that has not been fetched yet the one that is given."""
+    if path.is_dir():
+        return local_base(path, given)
+    return Path(given).expanduser() if given else None

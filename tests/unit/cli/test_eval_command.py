@@ -1,15 +1,13 @@
 """`llava-saep eval`, with a model that knows its answers: files, table and mistakes."""
 
 import json
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from llava_saep import generation
 from llava_saep.cli import main
-
-MODEL = Path(__file__).parents[2] / "golden" / "llava" / "checkpoints" / "llava_tiny_v15"
+from tests.fixtures.evaluation_runs import TINY_MODEL, copy_checkpoint
 
 
 class Oracle(generation.Predictor):
@@ -23,9 +21,9 @@ class Oracle(generation.Predictor):
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     """A model folder and a question file with its images; loading the model gives the oracle."""
-    oracle = Oracle.from_pretrained(MODEL, device="cpu")
+    oracle = Oracle.from_pretrained(TINY_MODEL, device="cpu")
     monkeypatch.setattr(generation.Predictor, "from_pretrained", lambda folder, **kwargs: oracle)
-    (tmp_path / "model").mkdir()
+    copy_checkpoint(TINY_MODEL, tmp_path / "model")
     (tmp_path / "held_out" / "images").mkdir(parents=True)
     lines = []
     for index, answer in enumerate(["yes", "yes", "yes", "no"]):
@@ -42,7 +40,7 @@ def flags(folders, *extra):
 
 
 def test_answers_longer_than_the_context_are_shortened_and_it_is_said(folders, caplog):
-    context_length = generation.Predictor.from_pretrained(MODEL).context_length
+    context_length = generation.Predictor.from_pretrained(TINY_MODEL).context_length
     assert main(flags(folders, "--max-new-tokens", str(context_length))) == 0
     report = json.loads((folders / "model" / "evaluation" / "report.json").read_text())
     assert 0 < report["decoding"]["max_new_tokens"] <= context_length // 2

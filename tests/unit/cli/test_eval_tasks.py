@@ -12,7 +12,9 @@ from llava_saep.evaluation.results import SCHEMA
 from llava_saep.evaluation.tasks import JudgedTask, find_task, select_tasks, task_names
 from tests.fixtures.benchmarks import write_sample
 from tests.fixtures.evaluation_runs import (
+    TINY_ADAPTER,
     TINY_MODEL,
+    copy_checkpoint,
     write_lines,
     write_mmvet,
     write_pope,
@@ -323,6 +325,18 @@ def test_malformed_questions_of_any_benchmark_are_found_before_the_first_is_run(
 )
 def test_contradicting_flags_are_refused(flags, message, capsys):
     assert message in mistake(capsys, *flags, "--model-path", TINY_MODEL)
+
+
+@pytest.mark.parametrize("is_given", [True, False])
+def test_folder_of_the_base_takes_no_reports(is_given, capsys, tmp_path):
+    """They would change what the base is known by, and with it whether answers are taken for this model's."""
+    base = copy_checkpoint(TINY_MODEL, tmp_path / "base")
+    adapter = copy_checkpoint(TINY_ADAPTER, tmp_path / "adapter", base=None if is_given else base)
+    flags = ["--task", "pope", "--model-path", adapter, "--output-dir", adapter / ".." / "base"]
+    flags += ["--model-base", base] if is_given else []
+    message = mistake(capsys, *flags)
+    assert "is the folder of the model's base, where reports would pass for parts of a model" in message
+    assert f"then it is {adapter / 'evaluation'}" in message
 
 
 JUDGE = ["--judge-url", "http://x", "--judge-model", "m"]

@@ -2,11 +2,21 @@
 
 import pytest
 
-from llava_saep.evaluation.asking import AskedModel, ModelChoice, prompt_lengths_of
+from llava_saep.evaluation.asking import AskedModel, ModelChoice, local_base, prompt_lengths_of
+from llava_saep.evaluation.fingerprints import model_fingerprint
 from llava_saep.evaluation.runner import answer_questions
 from llava_saep.evaluation.tasks import EmbeddedImage, TaskQuestion, find_task
 from llava_saep.generation import GenerationOptions, Predictor
-from tests.fixtures.evaluation_runs import TINY_ADAPTER, TINY_MODEL, TINY_MODEL_WITH_CROPS, write_spatial_scenes
+from llava_saep.model.loading import build_model, save_projector_weights
+from projectors import select_projector
+from tests.fixtures.evaluation_runs import (
+    TINY_ADAPTER,
+    TINY_MODEL,
+    TINY_MODEL_WITH_CROPS,
+    copy_checkpoint,
+    write_spatial_scenes,
+)
+from tests.fixtures.tiny import write_bases
 
 MODELS = {"square": TINY_MODEL, "crops": TINY_MODEL_WITH_CROPS}
 OPTIONS = GenerationOptions(max_new_tokens=6)
@@ -91,6 +101,36 @@ def test_adapter_is_evaluated_with_its_base(questions, tmp_path):
     assert len(answers.texts) == 2
     assert model.fingerprint.count("+") == 1  # the base's weights have a say
     assert model.describe()["base"] == str(TINY_MODEL)
+
+
+def write_projector(folder, bases):
+    """What stage 1 leaves in our format: projector weights, and a config that names tower and language model."""
+    selection = select_projector("linear")
+    parts = {"language_model": str(bases.language_model), "vision_tower": str(bases.vision_tower)}
+    model = build_model(**parts, projector=selection, image_token_id=5)
+    save_projector_weights(folder, model.state_dict(), model.config)
+    return folder
+
+
+def test_base_that_a_folder_names_itself_is_found(tmp_path):
+    bases = write_bases(tmp_path / "bases")
+    assert local_base(write_projector(tmp_path / "stage1", bases), None) == bases.language_model
+    base = copy_checkpoint(TINY_MODEL, tmp_path / "base")
+    assert local_base(copy_checkpoint(TINY_ADAPTER, tmp_path / "adapter", base=base), None) == base.resolve()
+    assert local_base(TINY_ADAPTER, str(TINY_MODEL)) == TINY_MODEL.resolve()
+    assert local_base(TINY_MODEL, None) is None
+
+
+def test_base_that_is_trained_again_in_its_place_makes_another_model(tmp_path):
+    """Whether --model-base names it or the adapter itself."""
+    base = copy_checkpoint(TINY_MODEL, tmp_path / "base")
+    adapter = copy_checkpoint(TINY_ADAPTER, tmp_path / "adapter", base=base)
+    before = load(adapter).fingerprint
+    assert before == load(TINY_ADAPTER, base=str(base)).fingerprint.replace(
+        model_fingerprint(TINY_ADAPTER), model_fingerprint(adapter)
+    )
+    (base / "trainer_state.json").write_text("{}")  # a file of a saved model is as good as its weights
+    assert load(adapter).fingerprint != before
 
 
 def test_fingerprint_of_answers_follows_what_changes_them_and_nothing_else():
