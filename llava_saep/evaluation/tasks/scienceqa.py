@@ -191,6 +191,8 @@ class ScienceQA(Task):
             for q, text in zip(asked, matched.texts, strict=True)
         }
         outcomes = judge_problems(problems, list(given), given, str(folder / "problems.json"))
+        unanswered = {str(q.question_id) for q, text in zip(asked, matched.texts, strict=True) if text is None}
+        unread = [each for each in outcomes if each.letter == FAILED and each.problem_id not in unanswered]
         is_right = [float(outcome.is_right) for outcome in outcomes]
         with_image = [float(outcome.is_right) for outcome in outcomes if outcome.has_image]
         return TaskResult(
@@ -202,7 +204,7 @@ class ScienceQA(Task):
             + collect_exclusions(
                 exclusion("problems that are not asked", "left out", (x for x in problem_ids if x not in questions))
             ),
-            notes=(f"answers in which no letter was found: {sum(each.letter == FAILED for each in outcomes)}",),
+            notes=(f"answers in which no letter was found: {len(unread)}",),
         )
 
 

@@ -108,6 +108,13 @@ def test_scienceqa_scores_questions_with_an_image_apart(ask):
     }
 
 
+def test_scienceqa_looks_for_a_letter_in_answers_that_are_there(ask):
+    task, folder, _ = ask("scienceqa", "test")
+    result = task.score(folder, "test", answers_to("scienceqa", folder, "test", ["no idea", "B"])[:1])
+    assert result.notes == ("answers in which no letter was found: 1",)
+    assert [(each.reason, each.count) for each in result.exclusions] == [("questions without an answer", 1)]
+
+
 @pytest.mark.parametrize(
     ("text", "letter"),
     [("The answer is B", "FAILED"), ("The answer is B\nIt is.", "FAILED"), ("The answer is B, it is", "B")],
