@@ -17,8 +17,8 @@ from typing import TypeVar
 from llava_saep.errors import UserError
 from llava_saep.evaluation import ranks
 from llava_saep.evaluation.asking import AskedModel, ModelChoice, fit_to_context
-from llava_saep.evaluation.questions import read_questions
-from llava_saep.evaluation.runner import answer_questions, as_task_question, check_images
+from llava_saep.evaluation.questions import as_task_question, read_questions
+from llava_saep.evaluation.runner import answer_questions, check_images
 from llava_saep.evaluation.tasks import TaskQuestion
 from llava_saep.generation import GenerationOptions
 from llava_saep.mm_utils import get_model_name_from_path

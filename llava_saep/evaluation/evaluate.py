@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llava_saep.evaluation.asking import AskedModel, ModelChoice
 from llava_saep.evaluation.fingerprints import questions_fingerprint
 from llava_saep.evaluation.metrics import Score, score_answers
-from llava_saep.evaluation.questions import DEFAULT_MAX_NEW_TOKENS, Question
+from llava_saep.evaluation.questions import DEFAULT_MAX_NEW_TOKENS, Question, as_task_question
 from llava_saep.evaluation.report import json_report, markdown_table, report_rows
 from llava_saep.evaluation.results import describe_program
 from llava_saep.evaluation.runner import (
@@ -21,7 +21,6 @@ from llava_saep.evaluation.runner import (
     BadImagePolicy,
     ExcludedQuestion,
     answer_questions,
-    as_task_question,
     check_images,
 )
 

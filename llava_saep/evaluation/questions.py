@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_saep.errors import UserError
+from llava_saep.evaluation.tasks import TaskQuestion
 from llava_saep.evaluation.words import normalized_words
 
 DEFAULT_CATEGORY = "default"
@@ -29,6 +30,17 @@ class Question:
     category: str = DEFAULT_CATEGORY
     answer: str | None = None
     reference: str | None = None
+
+
+def as_task_question(question: Question, image_folder: Path) -> TaskQuestion:
+    """A line of a question file as a benchmark would put it."""
+    return TaskQuestion(
+        question_id=question.question_id,
+        text=question.text,
+        prompt=question.text,
+        images=() if question.image is None else (image_folder / question.image,),
+        category=question.category,
+    )
 
 
 def read_questions(path: Path, *, ids_are_unique: bool = True) -> list[Question]:

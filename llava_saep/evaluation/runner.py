@@ -27,7 +27,7 @@ from llava_saep.evaluation.answer_files import (
 )
 from llava_saep.evaluation.batches import Batch, BatchQueue, batches_of_rank, plan_batches
 from llava_saep.evaluation.image_loading import ImageLoader, OpenImage, UnreadableImage, open_image
-from llava_saep.evaluation.questions import Question
+from llava_saep.evaluation.questions import as_task_question as as_task_question  # `compare` has it from here
 from llava_saep.evaluation.tasks import TaskQuestion
 
 logger = logging.getLogger(__name__)
@@ -86,17 +86,6 @@ class Answers:
     def texts(self) -> list[str | None]:
         """The generated texts."""
         return [None if record is None else record["text"] for record in self.records]
-
-
-def as_task_question(question: Question, image_folder: Path) -> TaskQuestion:
-    """A line of a question file as a benchmark would put it."""
-    return TaskQuestion(
-        question_id=question.question_id,
-        text=question.text,
-        prompt=question.text,
-        images=() if question.image is None else (image_folder / question.image,),
-        category=question.category,
-    )
 
 
 def question_messages(question: TaskQuestion, images: Sequence[Any]) -> Messages:

@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 
 from llava_saep.evaluation.evaluate import Evaluation, evaluate_questions, excluded_note
-from llava_saep.evaluation.questions import read_questions
+from llava_saep.evaluation.questions import as_task_question, read_questions
 from llava_saep.evaluation.report import report_rows, terminal_table
-from llava_saep.evaluation.runner import as_task_question, check_images
+from llava_saep.evaluation.runner import check_images
 
 
 def run(arguments: argparse.Namespace) -> int:

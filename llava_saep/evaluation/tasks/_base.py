@@ -172,11 +172,6 @@ class Task(ABC):
     max_new_tokens: ClassVar[int] = SHORT_ANSWER_TOKENS
     hidden_label_splits: ClassVar[tuple[str, ...]] = ()
 
-    @property
-    def default_folder(self) -> Path:
-        """Where LLaVA's Evaluation guide has the task's files, relative to the working folder."""
-        return DATA_ROOT / self.folder_name
-
     def has_labels(self, split: str) -> bool:
         """Whether answers can be scored here; if not, `export` writes what is to be uploaded."""
         return split not in self.hidden_label_splits

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_saep.errors import UserError
-from llava_saep.evaluation.questions import read_questions
+from llava_saep.evaluation.questions import as_task_question, read_questions
 
 from ._base import Answer, TaskQuestion
 
@@ -136,16 +136,7 @@ def _answer(record: dict[str, Any], place: str) -> Answer:
 
 def read_task_questions(path: Path, image_folder: Path) -> list[TaskQuestion]:
     """Questions of one of LLaVA's question files, images below `image_folder`; errors as `read_questions`."""
-    return [
-        TaskQuestion(
-            question_id=question.question_id,
-            text=question.text,
-            prompt=question.text,
-            images=() if question.image is None else (image_folder / question.image,),
-            category=question.category,
-        )
-        for question in read_questions(path, ids_are_unique=False)
-    ]
+    return [as_task_question(question, image_folder) for question in read_questions(path, ids_are_unique=False)]
 
 
 def write_json(path: Path, content: Any, indent: int | None = None) -> Path:

@@ -11,9 +11,9 @@ from PIL import Image
 
 from llava_saep.errors import UserError
 from llava_saep.evaluation.answer_files import claimed
-from llava_saep.evaluation.questions import Question
+from llava_saep.evaluation.questions import Question, as_task_question
 from llava_saep.evaluation.ranks import RankError
-from llava_saep.evaluation.runner import Asking, answer_questions, as_task_question, check_images, question_messages
+from llava_saep.evaluation.runner import Asking, answer_questions, check_images, question_messages
 from llava_saep.evaluation.tasks import TaskQuestion
 from llava_saep.evaluation.tasks._files import read_answers
 
