@@ -70,7 +70,7 @@ class AskedModel:
             template=choice.template,
             quantization=choice.quantization,
         )
-        fingerprint = ranks.from_rank_zero(lambda: _fingerprint(choice))
+        fingerprint = ranks.from_rank_zero(lambda: fingerprint_with_base(choice.path, choice.base))
         return cls(choice=choice, predictor=predictor, fingerprint=fingerprint)
 
     def answer_options(self, limit: int | None, default: int, description: str) -> GenerationOptions:
@@ -243,6 +243,7 @@ def local_base(folder: Path, given: str | None) -> Path | None:
     return Path(named) if named and Path(named).is_dir() else None
 
 
-def _fingerprint(choice: ModelChoice) -> str:
-    own, base = model_fingerprint(choice.path), local_base(choice.path, choice.base)
+def fingerprint_with_base(folder: Path, given: str | None = None) -> str:
+    """Of a saved model, and of the language model here that a projector or adapter belongs to; as `local_base`."""
+    own, base = model_fingerprint(folder), local_base(folder, given)
     return own if base is None else f"{own}+{model_fingerprint(base)}"

@@ -49,7 +49,7 @@ def evaluate_model(
     image_folder: Path,
     output_dir: Path,
     batch_size: int,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     blind: bool = True,
     chance: Mapping[str, float] | None = None,
     model_id: str | None = None,

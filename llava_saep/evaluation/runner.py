@@ -27,7 +27,6 @@ from llava_saep.evaluation.answer_files import (
 )
 from llava_saep.evaluation.batches import Batch, BatchQueue, batches_of_rank, plan_batches
 from llava_saep.evaluation.image_loading import ImageLoader, OpenImage, UnreadableImage, open_image
-from llava_saep.evaluation.questions import as_task_question as as_task_question  # `compare` has it from here
 from llava_saep.evaluation.tasks import TaskQuestion
 
 logger = logging.getLogger(__name__)

@@ -45,14 +45,14 @@ def forget_changed_models(comparison: Comparison) -> None:
     Where another judge is named than the one that rated, or the first one, the questions count as open too: the answers
     are there, and are rated.
     """
-    from llava_saep.evaluation.fingerprints import model_fingerprint
+    from llava_saep.evaluation.asking import fingerprint_with_base
 
     judge = describe_judge(comparison.judge)
     for run in comparison.runs:
         record = read_json(record_path(run.folder, "evaluation"))
         if run.seed is not None or record is None:
             continue
-        if record["model_fingerprint"] != model_fingerprint(run.model_path):
+        if record["model_fingerprint"] != fingerprint_with_base(run.model_path):
             for name in ("evaluation", "speed"):
                 record_path(run.folder, name).unlink(missing_ok=True)
         elif judge is not None and record.get("judge") != judge:

@@ -1,9 +1,14 @@
 """The flags of `llava-saep compare`."""
 
 import argparse
-from collections.abc import Sequence
 
-from llava_saep.commands.evaluate.flags import DEFAULT_BATCH_SIZE, add_flag, add_judge_flags, check_judge_flags
+from llava_saep.commands.evaluate.flags import (
+    DEFAULT_BATCH_SIZE,
+    add_flag,
+    add_judge_flags,
+    check_judge_flags,
+    refuse_idle_flags,
+)
 from llava_saep.errors import UserError
 from llava_saep.evaluation.tasks._base import DATA_ROOT
 from llava_saep.program import AbbreviatingParser
@@ -66,13 +71,13 @@ def check_flags(arguments: argparse.Namespace) -> None:
     if bool(arguments.projectors) == bool(arguments.model_path):
         raise UserError("name either --projectors NAMES, which are trained, or --model-path FOLDERS, which are not")
     if arguments.model_path:
-        _refuse(arguments, _OF_TRAINING, "says how to train, and --model-path names what is trained already")
+        refuse_idle_flags(arguments, _OF_TRAINING, "says how to train, and --model-path names what is trained already")
         _check_questions(arguments)
     else:
         why = "belongs to --model-path; with --projectors the recipe says what is asked, and how"
-        _refuse(arguments, _OF_MODELS, why)
+        refuse_idle_flags(arguments, _OF_MODELS, why)
     if arguments.recipe:
-        _refuse(arguments, ("world", "budget"), "belongs to the embedded job; with --recipe the recipe says it")
+        refuse_idle_flags(arguments, ("world", "budget"), "belongs to the embedded job; the recipe says it")
     for flag in ("seeds", "jobs", "threads", "batch_size", "max_new_tokens", "limit"):
         value = getattr(arguments, flag)
         if value is not None and value < 1:
@@ -83,13 +88,7 @@ def _check_questions(arguments: argparse.Namespace) -> None:
     if (arguments.question_file is None) == (arguments.task is None):
         raise UserError("--model-path needs either --question-file or --task")
     if arguments.task is None:
-        _refuse(arguments, _OF_BENCHMARKS, "is for benchmarks (--task)")
+        refuse_idle_flags(arguments, _OF_BENCHMARKS, "is for benchmarks (--task)")
     else:
-        _refuse(arguments, ("image_folder",), "belongs to --question-file; benchmarks have folders of their own")
+        refuse_idle_flags(arguments, ("image_folder",), "belongs to --question-file; benchmarks have their own")
     check_judge_flags(arguments)
-
-
-def _refuse(arguments: argparse.Namespace, names: Sequence[str], why: str) -> None:
-    given = [name for name in names if getattr(arguments, name) not in (None, False)]
-    if given:
-        raise UserError(f"--{given[0].replace('_', '-')} {why}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_saep.commands.compare.flags import DEFAULT_BUDGET, DEFAULT_SEEDS, DEFAULT_WORLD
-from llava_saep.commands.evaluate.flags import DEFAULT_BATCH_SIZE, DEFAULT_MAX_NEW_TOKENS
+from llava_saep.commands.evaluate.flags import DEFAULT_BATCH_SIZE
 from llava_saep.errors import UserError
 from llava_saep.evaluation.comparison.choice import Choice, parse_choices, selected
 from llava_saep.evaluation.comparison.recipe import RECIPE_FILE, Recipe, read_recipe
@@ -18,7 +18,7 @@ from llava_saep.evaluation.comparison.runs import Run, benchmark_runs, model_run
 from llava_saep.evaluation.comparison.steps import Placement
 from llava_saep.evaluation.fingerprints import questions_fingerprint
 from llava_saep.evaluation.judge import Judge
-from llava_saep.evaluation.questions import Question, read_questions
+from llava_saep.evaluation.questions import Question, as_task_question, read_questions
 from llava_saep.evaluation.tasks import TaskQuestion
 
 ROOT = Path(__file__).parents[3]
@@ -125,7 +125,7 @@ def _plan_models(arguments: argparse.Namespace) -> Comparison:
         stages=(),
         question_file=question_file.absolute(),
         image_folder=image_folder.absolute(),
-        max_new_tokens=arguments.max_new_tokens or DEFAULT_MAX_NEW_TOKENS,
+        max_new_tokens=arguments.max_new_tokens,
         batch_size=arguments.batch_size or DEFAULT_BATCH_SIZE,
         projector_options={},
     )
@@ -160,6 +160,7 @@ def _plan_benchmarks(arguments: argparse.Namespace) -> Comparison:
     tasks = select_tasks([arguments.task])
     if not tasks:
         raise UserError(f"--task {arguments.task!r} names no benchmark; `llava-saep eval --task list` prints all")
+    judge = chosen_judge(arguments, tasks)
     data_dir = Path(arguments.data_dir or DATA_ROOT).expanduser().absolute()
     models, placement, folder = _find_models(arguments), _placement(arguments), Path(arguments.output_dir)
     settings = BenchmarkSettings(
@@ -168,7 +169,7 @@ def _plan_benchmarks(arguments: argparse.Namespace) -> Comparison:
         batch_size=arguments.batch_size or DEFAULT_BATCH_SIZE,
         limit=arguments.limit,
         max_new_tokens=arguments.max_new_tokens,
-        judge=chosen_judge(arguments),
+        judge=judge,
     )
     check_benchmarks(tasks, settings)
     questions = [q for each in tasks for q in each.task.questions(task_folder(data_dir, each), each.split)]
@@ -224,8 +225,6 @@ def labelled(paths: Sequence[str]) -> dict[str, str]:
 
 
 def _as_asked(questions: Sequence[Question], image_folder: Path) -> tuple[TaskQuestion, ...]:
-    from llava_saep.evaluation.runner import as_task_question
-
     return tuple(as_task_question(question, image_folder) for question in questions)
 
 

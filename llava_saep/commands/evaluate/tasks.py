@@ -98,17 +98,17 @@ def _settings(arguments: argparse.Namespace, tasks: Sequence[TaskSplit], output_
     )
 
 
-def chosen_judge(arguments: argparse.Namespace, tasks: Sequence[TaskSplit] | None = None) -> Judge | None:
+def chosen_judge(arguments: argparse.Namespace, tasks: Sequence[TaskSplit]) -> Judge | None:
     """The judge that the flags name.
 
     Args:
-        tasks: what it is to rate, among others; None: that is not looked at.
+        tasks: what it is to rate, among others.
     Raises:
         UserError: none of the tasks has answers for a judge, or the file of its key cannot be read.
     """
     if arguments.judge_url is None:
         return None
-    if tasks is not None and not any(isinstance(each.task, JudgedTask) for each in tasks):
+    if not any(isinstance(each.task, JudgedTask) for each in tasks):
         rated = ", ".join(name for name in task_names() if isinstance(find_task(name), JudgedTask))
         raise UserError(
             f"--judge-url is for benchmarks whose answers a language model rates ({rated}); "

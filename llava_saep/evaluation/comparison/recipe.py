@@ -32,6 +32,7 @@ class Recipe:
     Args:
         title: what is trained, in a few words, for the report.
         question_file: lines of `question_id`, `image`, `text`, `category`, `answer`; None where benchmarks are asked.
+        max_new_tokens: None: as for any question file.
         projector_options: options by registered name, as `--mm_projector_options` takes them, for projectors whose
             defaults do not go with the models of the recipe.
         chance_file: what guessing reaches by category, in [0, 1], where more is known than the questions tell.
@@ -41,7 +42,7 @@ class Recipe:
     stages: tuple[Stage, ...]
     question_file: Path | None
     image_folder: Path
-    max_new_tokens: int = 64
+    max_new_tokens: int | None = None
     batch_size: int = 32
     projector_options: Mapping[str, str]
     chance_file: Path | None = None

@@ -193,14 +193,14 @@ def evaluate(
     image_folder: Path,
     output_dir: Path,
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     batch_size: int,
     trust_projector_code: bool,
     device: str,
 ) -> dict[str, Any]:
     """Answer the questions with the images and without them, as `llava-saep eval --blind` does."""
+    from llava_saep.evaluation.asking import fingerprint_with_base
     from llava_saep.evaluation.evaluate import evaluate_model
-    from llava_saep.evaluation.fingerprints import model_fingerprint
     from llava_saep.evaluation.questions import read_questions
 
     logging.basicConfig(level=logging.INFO)
@@ -214,7 +214,7 @@ def evaluate(
         device=_visible(device),
         trust_projector_code=trust_projector_code,
     )
-    return {"model_fingerprint": model_fingerprint(model_path)}
+    return {"model_fingerprint": fingerprint_with_base(model_path)}
 
 
 def evaluate_tasks(
@@ -228,7 +228,6 @@ def evaluate_tasks(
     """
     from llava_saep.evaluation.asking import AskedModel, ModelChoice
     from llava_saep.evaluation.benchmarks import evaluate_benchmarks, unscored
-    from llava_saep.evaluation.fingerprints import model_fingerprint
     from llava_saep.evaluation.results import ALL_FILE
     from llava_saep.evaluation.tasks import JudgedTask, select_tasks
 
@@ -238,7 +237,8 @@ def evaluate_tasks(
     )
     chosen = select_tasks([tasks])
     (settings.output_dir / ALL_FILE).unlink(missing_ok=True)  # of an earlier try, perhaps with another model
-    entries = evaluate_benchmarks(AskedModel.load(choice), chosen, settings)
+    model = AskedModel.load(choice)
+    entries = evaluate_benchmarks(model, chosen, settings)
     due = [each for each in chosen if settings.judge is not None or not isinstance(each.task, JudgedTask)]
     missing = [f"{label}: {why}" for label, why in unscored(entries, due).items()]
     for label, entry in entries.items():
@@ -246,7 +246,7 @@ def evaluate_tasks(
             missing.append(f"{label}: the judge failed on {entry['num_failed_judge_requests']} answers")
     if missing:
         raise UserError("; ".join(missing))
-    return {"model_fingerprint": model_fingerprint(model_path), "judge": describe_judge(settings.judge)}
+    return {"model_fingerprint": model.fingerprint, "judge": describe_judge(settings.judge)}
 
 
 def describe_judge(judge: Judge | None) -> dict[str, str] | None:

@@ -49,6 +49,7 @@ from tests.fixtures.tiny import write_bases, write_image
         ("--model-path a --question-file q --data-dir d", "--data-dir is for benchmarks"),
         ("--model-path a --question-file q --judge-url u", "--judge-url is for benchmarks"),
         ("--model-path a --task mmvet --judge-url u", "a judge needs both"),
+        ("--model-path a --task pope --judge-url u --judge-model m", "--task pope names none"),
         ("--model-path a --task pope --image-folder i", "--image-folder belongs to --question-file"),
         ("--projectors saep --device gpu9", "--device gpu9: expected cpu"),
     ],
@@ -212,7 +213,9 @@ def test_what_was_left_out_of_benchmarks_is_told_and_other_settings_are_another_
 
 def test_judge_rates_free_answers_and_one_that_fails_is_asked_again(models, monkeypatch, capsys):
     monkeypatch.setattr(runs, "_context", lambda device: multiprocessing.get_context("fork"))
-    write_mmvet(models / "data")
+    monkeypatch.setattr("llava_saep.evaluation.judge.time.sleep", lambda seconds: None)
+    annotations = write_mmvet(models / "data") / "mm-vet.json"
+    annotations.write_text(annotations.read_text().replace("What?", "Which?", 1))
     shutil.copytree(models / "held", models / "data" / "spatial_scenes" / "held_out")
     command = ["compare", "--model-path", str(models / "saep" / "stage2"), str(models / "mlp2x_gelu" / "stage2")]
     command += ["--task", "mmvet,spatial_scenes", "--data-dir", str(models / "data"), "--max-new-tokens", "4"]
@@ -224,22 +227,25 @@ def test_judge_rates_free_answers_and_one_that_fails_is_asked_again(models, monk
         assert len(by_name["spatial_scenes"]) == 2  # whatever becomes of the judge
         return by_name.get("mmvet")
 
+    def answer_ids():
+        path = models / "out" / "runs" / "saep-stage2" / "evaluation" / "mmvet" / "answers.jsonl"
+        return [json.loads(line)["answer_id"] for line in path.read_text().splitlines()]
+
     assert main(command) == 0 and ratings() is None
     assert "name one with --judge-url and --judge-model" in capsys.readouterr().out
-    answers = models / "out" / "runs" / "saep-stage2" / "evaluation" / "mmvet" / "answers.jsonl"
-    before = answers.stat().st_mtime_ns
+    before = answer_ids()
     with running_endpoint() as endpoint:
         command += ["--judge-url", endpoint.url, "--judge-model", "rater"]
         endpoint.respond = lambda text, times: (401, "wrong key", {})
         assert main(command) == 1 and ratings() is None
         assert "mmvet: not rated: the judge" in capsys.readouterr().out
-        bad_request = (400, "held back by a filter", {})
-        endpoint.respond = lambda text, times: chat_reply("0.5") if len(endpoint.requests) % 2 else bad_request
+        busy = (503, "busy", {})
+        endpoint.respond = lambda text, times: busy if "Which?" in text else chat_reply("0.5")
         assert main(command) == 1
         assert "mmvet: the judge failed on" in capsys.readouterr().out
         endpoint.respond = lambda text, times: chat_reply("0.5")
         assert main(command) == 0 and ratings() == [0.5, 0.5]
-    assert answers.stat().st_mtime_ns == before
+    assert answer_ids() == before
     assert main(command) == 0 and ratings() == [0.5, 0.5]  # nothing is left to ask
 
 
@@ -264,7 +270,7 @@ def test_timing_that_failed_once_is_no_failure_of_the_comparison_that_succeeds(m
     (folder / "speed.json").unlink()
     (folder / "failure.json").write_text('{"step": "speed", "error": "no memory"}')
     assert main(command) == 0
-    assert "failed" not in capsys.readouterr().out and not (folder / "failure.json").exists()
+    assert "runs failed" not in capsys.readouterr().out and not (folder / "failure.json").exists()
 
 
 def test_reworded_question_is_another_comparison(tmp_path, monkeypatch, capsys):
