@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from llava_saep.errors import UserError
-from llava_saep.generation import GenerationOptions
+from llava_saep.serve.demo.asking import Controls, ControlValues, question_field
 from llava_saep.serve.demo.conversation import Conversation, whole_characters
-from llava_saep.serve.demo.events import QUIET, TELLING
+from llava_saep.serve.demo.events import QUIET, TELLING, answering
 from llava_saep.serve.demo.examples import write_examples
 from llava_saep.serve.demo.history import QUESTION_SECONDS, Visitor, is_token, new_token
 from llava_saep.serve.demo.question_editor import QuestionEditor
@@ -23,20 +23,8 @@ from llava_saep.serve.demo.services import ChatParts, DemoServices
 from llava_saep.serve.demo.text import as_html, told
 from llava_saep.serve.demo.turns import Turn, Turns
 
-ACCEPTED_FILES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"]
 _PLACEHOLDER = "Ask about a picture: drop, paste or attach one, or several."
 _THANKS = "Whoever runs this page will find it, with the chat up to this answer."
-_NUM_OUTPUTS = 6
-"""Of each event that shows a chat: see `_shown`."""
-
-
-class Controls(NamedTuple):
-    """Sliders and fields of how an answer is decoded, in the order in which handlers get their values."""
-
-    system: gr.Textbox
-    temperature: gr.Slider
-    top_p: gr.Slider
-    max_new_tokens: gr.Slider
 
 
 class ChatsList(NamedTuple):
@@ -80,8 +68,12 @@ class ChatSection:
         """What other sections read."""
         return ChatParts(self.conversation, self.browser, self.model)
 
+    @property
+    def _outputs(self) -> list[Any]:
+        """Of each event that shows a chat: see `_shown`."""
+        return [self.conversation, self.chatbot, self.question, self.stop, self.chats.chats, self.browser]
+
     def _build(self) -> None:
-        limits = self.services.settings.limits
         self.chatbot = gr.Chatbot(
             show_label=False,
             elem_id="chat",
@@ -98,15 +90,11 @@ class ChatSection:
             placeholder=_EMPTY_CHAT,
             examples=_examples(self.services),
         )
-        self.question = gr.MultimodalTextbox(
+        self.question = question_field(
+            self.services.settings.limits,
+            max_lines=8,
             show_label=False,
             placeholder=_PLACEHOLDER,
-            file_types=ACCEPTED_FILES,
-            file_count="multiple",
-            sources=["upload"],
-            lines=1,
-            max_lines=8,
-            max_plain_text_length=limits.max_prompt_characters,
             elem_id="question",
             autofocus=True,
         )
@@ -129,15 +117,8 @@ class ChatSection:
 
     def _connect(self) -> None:
         asking = [self.conversation, self.browser, self.model, *self.controls]
-        shown = [self.conversation, self.chatbot, self.question, self.stop, self.chats.chats, self.browser]
-        # As many at once as may wait, so that each of them can be stopped; the engine takes them in order.
-        writing = {
-            "outputs": shown,
-            "api_visibility": "private",
-            "concurrency_limit": self.services.settings.limits.max_queue + 1,
-            "concurrency_id": "answers",
-            "show_progress": "hidden",
-        }
+        shown = self._outputs
+        writing = {"outputs": shown, **answering(self.services.settings.limits)}
         answers = [
             self.question.submit(self.ask, [self.question, *asking], **writing),
             self.chatbot.retry(self.retry, asking, **writing),
@@ -158,8 +139,7 @@ class ChatSection:
 
     def restore_on(self, page: gr.Blocks) -> None:
         """Bring the visitor's chats back when the page is loaded, and stop the model when it is left."""
-        shown = [self.conversation, self.chatbot, self.question, self.stop, self.chats.chats, self.browser]
-        page.load(self.restore, [self.browser], shown, **QUIET)
+        page.load(self.restore, [self.browser], self._outputs, **QUIET)
         page.unload(self.leave_page)
 
     # What the events do
@@ -170,11 +150,8 @@ class ChatSection:
         conversation: Conversation,
         browser: Any,
         model_id: str | None,
-        system: str | None,
-        temperature: float,
-        top_p: float,
-        max_new_tokens: float,
         request: gr.Request,
+        *controls: Any,
     ) -> Iterator[list[Any]]:
         """Put a question with its pictures, and stream the answer."""
         question = question or {}
@@ -188,19 +165,16 @@ class ChatSection:
             gr.Warning(as_html(told(error)), title="Not asked")
             yield self._shown(conversation, visitor, browser, question=gr.skip())
             return
-        controls = (system, temperature, top_p, max_new_tokens)
-        yield from self._answered(asked, conversation, visitor, browser, model_id, controls, request, typed=typed)
+        values = ControlValues(*controls)
+        yield from self._answered(asked, conversation, visitor, browser, model_id, values, request, typed=typed)
 
     def retry(
         self,
         conversation: Conversation,
         browser: Any,
         model_id: str | None,
-        system: str | None,
-        temperature: float,
-        top_p: float,
-        max_new_tokens: float,
         request: gr.Request,
+        *controls: Any,
     ) -> Iterator[list[Any]]:
         """Ask the last question once more."""
         browser, visitor = self._visitor(browser, request)
@@ -209,8 +183,8 @@ class ChatSection:
             yield self._shown(conversation, visitor, browser)
             return
         asked = before.with_question(question.text, question.pictures)
-        controls = (system, temperature, top_p, max_new_tokens)
-        yield from self._answered(asked, conversation, visitor, browser, model_id, controls, request)
+        values = ControlValues(*controls)
+        yield from self._answered(asked, conversation, visitor, browser, model_id, values, request)
 
     def edit(
         self,
@@ -219,11 +193,8 @@ class ChatSection:
         conversation: Conversation,
         browser: Any,
         model_id: str | None,
-        system: str | None,
-        temperature: float,
-        top_p: float,
-        max_new_tokens: float,
         request: gr.Request,
+        *controls: Any,
     ) -> Iterator[list[Any]]:
         """Put other words into an earlier question, and go on from there."""
         browser, visitor = self._visitor(browser, request)
@@ -233,8 +204,8 @@ class ChatSection:
             gr.Warning(as_html(told(error)), title="Not changed")
             yield self._shown(conversation, visitor, browser)
             return
-        controls = (system, temperature, top_p, max_new_tokens)
-        yield from self._answered(asked, conversation, visitor, browser, model_id, controls, request)
+        values = ControlValues(*controls)
+        yield from self._answered(asked, conversation, visitor, browser, model_id, values, request)
 
     def undo(self, conversation: Conversation, browser: Any, request: gr.Request) -> list[Any]:
         """Take the last question and its answer back, also one that is being written; the words return to the field."""
@@ -337,7 +308,7 @@ class ChatSection:
         visitor: Visitor,
         browser: dict[str, Any],
         model_id: str | None,
-        controls: tuple[str, float, float, float],
+        controls: ControlValues,
         request: gr.Request,
         typed: dict[str, Any] | None = None,
     ) -> Iterator[list[Any]]:
@@ -352,7 +323,7 @@ class ChatSection:
                     yield [gr.skip()] * len(outputs) if turn.is_left else outputs
         except UserError as error:  # another answer is being written
             gr.Warning(as_html(told(error)), title="Not asked")
-            yield [gr.skip()] * _NUM_OUTPUTS
+            yield [gr.skip()] * len(self._outputs)
 
     def _turn(
         self,
@@ -362,20 +333,17 @@ class ChatSection:
         visitor: Visitor,
         browser: dict[str, Any],
         model_id: str | None,
-        controls: tuple[str, float, float, float],
+        controls: ControlValues,
         request: gr.Request,
         typed: dict[str, Any] | None,
     ) -> Iterator[list[Any]]:
         """The steps of `_answered`."""
-        system, temperature, top_p, max_new_tokens = controls
         text, statistics = "", None
         try:
             if typed is None:  # a new question has been counted before its pictures were taken
                 self.services.check_rate(request)
-            options = GenerationOptions(
-                temperature=float(temperature), top_p=float(top_p), max_new_tokens=int(max_new_tokens)
-            )
-            asked = dataclasses.replace(asked, system=self._system(system, model_id))
+            options = controls.options
+            asked = dataclasses.replace(asked, system=self._system(controls, model_id))
             yield self._writing(asked, visitor, text, clears_field=typed is not None)
             with self.services.decoded(asked, visitor) as messages:
                 for partial in self.services.answer(model_id, messages, options, request, "chat"):
@@ -414,13 +382,9 @@ class ChatSection:
     def _with_question(self, typed: dict[str, Any], conversation: Conversation, visitor: Visitor) -> Conversation:
         return conversation.with_question(typed["text"], self.services.add_uploads(typed["files"], visitor))
 
-    def _system(self, system: str, model_id: str | None) -> str:
+    def _system(self, controls: ControlValues, model_id: str | None) -> str:
         """The system prompt, where the chosen model's template has a place for one."""
-        return (
-            whole_characters(system or "").strip()
-            if self.services.catalog.engine(model_id).description.takes_system
-            else ""
-        )
+        return controls.system_prompt if self.services.catalog.engine(model_id).description.takes_system else ""
 
     def _place_of(self, index: int | list[int] | tuple[int, ...], conversation: Conversation, visitor: Visitor) -> int:
         """The place in the conversation of a row of the chatbot, which the browser names."""

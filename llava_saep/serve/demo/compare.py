@@ -15,9 +15,9 @@ from PIL import Image
 from llava_saep.errors import UserError
 from llava_saep.generation import AnswerStatistics, GenerationOptions
 from llava_saep.generation.messages import Message
-from llava_saep.serve.demo.chat_section import ACCEPTED_FILES, Controls
-from llava_saep.serve.demo.conversation import Conversation, whole_characters
-from llava_saep.serve.demo.events import QUIET
+from llava_saep.serve.demo.asking import Controls, ControlValues, question_field
+from llava_saep.serve.demo.conversation import Conversation
+from llava_saep.serve.demo.events import QUIET, answering
 from llava_saep.serve.demo.history import Visitor
 from llava_saep.serve.demo.services import ChatParts, DemoServices
 from llava_saep.serve.demo.text import as_html, told
@@ -59,16 +59,8 @@ class CompareSection:
     def __init__(self, services: DemoServices, *, tab: gr.Tab, chat: ChatParts, controls: Controls):
         self.services = services
         self.chat = chat
-        self.question = gr.MultimodalTextbox(
-            show_label=False,
-            placeholder=_HINT,
-            file_types=ACCEPTED_FILES,
-            file_count="multiple",
-            sources=["upload"],
-            lines=1,
-            max_lines=4,
-            max_plain_text_length=services.settings.limits.max_prompt_characters,
-            elem_id="compare-question",
+        self.question = question_field(
+            services.settings.limits, show_label=False, placeholder=_HINT, elem_id="compare-question"
         )
         with gr.Row(elem_id="compare-actions"):
             self.again = gr.Button("Ask the chat's last question", size="sm", elem_id="compare-chat")
@@ -94,12 +86,7 @@ class CompareSection:
     def _connect(self, tab: gr.Tab, controls: Controls) -> None:
         shown = [self.question, self.asked, self.stop, *self.cards, *self.models]
         asking = [*self.models, self.chat.browser, *controls]
-        writing = {
-            "api_visibility": "private",
-            "show_progress": "hidden",
-            "concurrency_limit": self.services.settings.limits.max_queue + 1,
-            "concurrency_id": "answers",
-        }
+        writing = answering(self.services.settings.limits)
         self.question.submit(self.ask, [self.question, *asking], shown, **writing)
         self.again.click(self.ask_as_in_chat, [self.chat.conversation, *asking], shown, **writing)
         self.stop.click(self.stop_both, None, None, **QUIET)
@@ -120,22 +107,20 @@ class CompareSection:
         left: str | None,
         right: str | None,
         browser: Any,
-        system: str | None,
-        temperature: float,
-        top_p: float,
-        max_new_tokens: float,
         request: gr.Request,
+        *controls: Any,
     ) -> Iterator[list[Any]]:
         """Put a question to both models, and stream both answers."""
+        values = ControlValues(*controls)
         try:
-            options = self._checked((left, right), (temperature, top_p, max_new_tokens), request)
+            options = self._checked((left, right), values, request)
             names = self.services.add_uploads(question.get("files") or [], self.services.visitor(browser, request))
             conversation = Conversation.new().with_question(question.get("text") or "", names)
         except Exception as error:  # every kind becomes a message
             gr.Warning(as_html(told(error)), title="Not asked")
             yield [gr.skip()] * _NUM_OUTPUTS
             return
-        yield from self._answered(conversation, (left, right), browser, system, options, request)
+        yield from self._answered(conversation, (left, right), browser, values.system_prompt, options, request)
 
     def ask_as_in_chat(
         self,
@@ -143,24 +128,22 @@ class CompareSection:
         left: str | None,
         right: str | None,
         browser: Any,
-        system: str | None,
-        temperature: float,
-        top_p: float,
-        max_new_tokens: float,
         request: gr.Request,
+        *controls: Any,
     ) -> Iterator[list[Any]]:
         """Put the chat's last question to both models, with all that was said before it."""
+        values = ControlValues(*controls)
         before, question = conversation.before_last_question()
         try:
             if question is None:
                 raise UserError("The chat has no question yet.")
-            options = self._checked((left, right), (temperature, top_p, max_new_tokens), request)
+            options = self._checked((left, right), values, request)
         except Exception as error:  # every kind becomes a message
             gr.Warning(as_html(told(error)), title="Not asked")
             yield [gr.skip()] * _NUM_OUTPUTS
             return
         asked = before.with_question(question.text, question.pictures)
-        yield from self._answered(asked, (left, right), browser, system, options, request)
+        yield from self._answered(asked, (left, right), browser, values.system_prompt, options, request)
 
     def stop_both(self, request: gr.Request) -> None:
         """Stop what both are writing."""
@@ -173,7 +156,7 @@ class CompareSection:
         conversation: Conversation,
         models: tuple[str | None, str | None],
         browser: Any,
-        system: str | None,
+        system: str,
         options: GenerationOptions,
         request: gr.Request,
     ) -> Iterator[list[Any]]:
@@ -187,7 +170,7 @@ class CompareSection:
                 yield self._begun(conversation, visitor, sides)
                 for _ in self._load(sides):
                     yield self._going_on(sides)
-                for _ in self._both(sides, asked, whole_characters(system or "").strip()):
+                for _ in self._both(sides, asked, system):
                     yield self._going_on(sides)
         except Exception as error:  # every kind becomes a message
             gr.Warning(as_html(told(error)), title="Not asked", duration=15)
@@ -200,9 +183,7 @@ class CompareSection:
         models_shown = [gr.update(choices=self._choices()) for _ in _SIDES]
         yield [gr.skip(), gr.skip(), gr.update(visible=False), *map(self._card, sides), *models_shown]
 
-    def _checked(
-        self, models: Sequence[str | None], decoding: tuple[float, float, float], request: gr.Request
-    ) -> GenerationOptions:
+    def _checked(self, models: Sequence[str | None], controls: ControlValues, request: gr.Request) -> GenerationOptions:
         """Return how both shall answer.
 
         Raises:
@@ -212,8 +193,7 @@ class CompareSection:
             raise UserError("Choose two models to compare; --models-dir offers all of a folder.")
         for _ in models:
             self.services.check_rate(request)
-        temperature, top_p, max_new_tokens = decoding
-        return GenerationOptions(temperature=float(temperature), top_p=float(top_p), max_new_tokens=int(max_new_tokens))
+        return controls.options
 
     def _load(self, sides: Sequence[_Side]) -> Iterator[None]:
         """Load what is not loaded yet, one after the other, since memory is looked at before each."""

@@ -10,9 +10,9 @@ from llava_saep.errors import UserError
 from llava_saep.generation import GenerationOptions
 from llava_saep.generation.messages import Message
 from llava_saep.model.token_layout import TILES, WHOLE
-from llava_saep.serve.demo.chat_section import ACCEPTED_FILES
+from llava_saep.serve.demo.asking import question_field
 from llava_saep.serve.demo.conversation import Conversation
-from llava_saep.serve.demo.events import TELLING
+from llava_saep.serve.demo.events import TELLING, answering
 from llava_saep.serve.demo.history import Visitor
 from llava_saep.serve.demo.look import HINT, Look, LookStore, View, drawn, facts_of, layer_choices, note, visible
 from llava_saep.serve.demo.services import ChatParts, DemoServices
@@ -46,15 +46,11 @@ class InsideSection:
         self.answer = gr.Dropdown(
             [], label="Answer of this chat", elem_id="inside-answer", filterable=False, interactive=True
         )
-        self.question = gr.MultimodalTextbox(
+        self.question = question_field(
+            self.services.settings.limits,
+            file_count="single",
             label="Or ask about a picture here",
             placeholder="Drop, paste or attach a picture, and ask about it.",
-            file_types=ACCEPTED_FILES,
-            file_count="single",
-            sources=["upload"],
-            lines=1,
-            max_lines=4,
-            max_plain_text_length=self.services.settings.limits.max_prompt_characters,
             elem_id="inside-question",
         )
         self.written = gr.HTML(note(HINT), elem_id="inside-written")
@@ -124,11 +120,9 @@ class InsideSection:
             self.part,
         ]
         working = {
-            "api_visibility": "private",
+            **answering(self.services.settings.limits),
             "show_progress": "minimal",
             "show_progress_on": [self.picture],
-            "concurrency_limit": self.services.settings.limits.max_queue + 1,
-            "concurrency_id": "answers",
         }
         tab.select(self.open, [self.looked_into, *asked], shown, **working)
         self.answer.input(self.choose_answer, [self.answer, *asked], shown, **working)

@@ -6,7 +6,8 @@ ask no other host for anything, whatever a text may hold.
 
 import gradio as gr
 
-from llava_saep.serve.demo.chat_section import ChatSection, ChatsList, Controls
+from llava_saep.serve.demo.asking import Controls
+from llava_saep.serve.demo.chat_section import ChatSection, ChatsList
 from llava_saep.serve.demo.compare import CompareSection
 from llava_saep.serve.demo.inside import InsideSection
 from llava_saep.serve.demo.models_section import ModelsSection

@@ -122,7 +122,7 @@ def compare(tmp_path):
 
 
 def asked(section, models=("left", "right"), system=""):
-    return section.ask({"text": "<i>What?</i>", "files": []}, *models, None, system, 0.0, 1.0, 16, Visit())
+    return section.ask({"text": "<i>What?</i>", "files": []}, *models, None, Visit(), system, 0.0, 1.0, 16)
 
 
 def columns(output):
