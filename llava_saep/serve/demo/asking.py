@@ -21,7 +21,10 @@ class Controls(NamedTuple):
 
 
 class ControlValues(NamedTuple):
-    """What `Controls` say, as the browser sends it."""
+    """What `Controls` say, as the browser sends it.
+
+    Handlers take it last, as `*controls`: Gradio finds the place of the request only before those.
+    """
 
     system: str | None
     temperature: float

@@ -116,6 +116,24 @@ class ModelCatalog:
         with self._lock:
             return list(self._engines)
 
+    @property
+    def ids_loaded_first(self) -> list[str]:
+        """Names of all models, those before others that are loaded."""
+        loaded = self.loaded_ids
+        return [*loaded, *(entry.model_id for entry in self.entries if entry.model_id not in loaded)]
+
+    @property
+    def choices(self) -> list[tuple[str, str]]:
+        """What a dropdown offers: a line for each model, which shows whether it is loaded, and its name."""
+        loaded = self.loaded_ids
+        return [
+            (f"{'● ' if entry.model_id in loaded else '○ '}{entry.summary}", entry.model_id) for entry in self.entries
+        ]
+
+    def entry(self, model_id: str | None) -> ModelEntry | None:
+        """A model, loaded or not; None: there is none of this name."""
+        return self._entries.get(model_id or "")
+
     def engine(self, model_id: str | None) -> Engine:
         """The engine of a loaded model.
 

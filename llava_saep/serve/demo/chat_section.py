@@ -19,7 +19,7 @@ from llava_saep.serve.demo.history import QUESTION_SECONDS, Visitor, is_token, n
 from llava_saep.serve.demo.question_editor import QuestionEditor
 from llava_saep.serve.demo.rows import ChatRows, chat_rows
 from llava_saep.serve.demo.seen_panel import SeenPanel
-from llava_saep.serve.demo.services import ChatParts, DemoServices
+from llava_saep.serve.demo.services import ChatParts, DemoServices, statistics_fields
 from llava_saep.serve.demo.text import as_html, told
 from llava_saep.serve.demo.turns import Turn, Turns
 
@@ -363,10 +363,7 @@ class ChatSection:
     def _keep(
         self, turn: Turn, asked: Conversation, visitor: Visitor, text: str, model_id: str | None, statistics: Any
     ) -> Conversation:
-        fields = None
-        if statistics is not None:
-            fields = {**dataclasses.asdict(statistics), "tokens_per_second": statistics.tokens_per_second}
-        turn.conversation = answered = asked.with_answer(text, model_id or "", fields)
+        turn.conversation = answered = asked.with_answer(text, model_id or "", statistics_fields(statistics))
         if turn.is_kept:
             visitor.save(answered)
             self.services.history.make_room(visitor)

@@ -73,7 +73,7 @@ class CompareSection:
     def _build_side(self, side: str) -> tuple[gr.Dropdown, gr.HTML]:
         with gr.Column(min_width=280):
             model = gr.Dropdown(
-                self._choices(),
+                self.services.catalog.choices,
                 value=self._default(side),
                 label="First model" if side == "left" else "Second model",
                 filterable=False,
@@ -97,7 +97,7 @@ class CompareSection:
     def refresh(self, *models: str | None) -> list[Any]:
         """Show what is loaded now."""
         return [
-            gr.update(choices=self._choices(), value=model_id or self._default(side))
+            gr.update(choices=self.services.catalog.choices, value=model_id or self._default(side))
             for side, model_id in zip(_SIDES, models, strict=True)
         ]
 
@@ -180,7 +180,7 @@ class CompareSection:
         finally:
             if asked is not None:
                 asked.cancelled.set()
-        models_shown = [gr.update(choices=self._choices()) for _ in _SIDES]
+        models_shown = [gr.update(choices=self.services.catalog.choices) for _ in _SIDES]
         yield [gr.skip(), gr.skip(), gr.update(visible=False), *map(self._card, sides), *models_shown]
 
     def _checked(self, models: Sequence[str | None], controls: ControlValues, request: gr.Request) -> GenerationOptions:
@@ -258,7 +258,7 @@ class CompareSection:
 
     def _card(self, side: _Side) -> str:
         """One column, as HTML of our own."""
-        entry = next((entry for entry in self.services.catalog.entries if entry.model_id == side.model_id), None)
+        entry = self.services.catalog.entry(side.model_id)
         facts = [] if entry is None else [f"{entry.projector} projector", f"{entry.tokens_per_image} tokens per image"]
         parts = [f"<ul class='facts'>{''.join(f'<li>{as_html(fact)}</li>' for fact in facts)}</ul>"]
         if side.text or side.error is None:
@@ -270,18 +270,9 @@ class CompareSection:
             parts.append(_table(side.statistics))
         return "".join(parts)
 
-    def _choices(self) -> list[tuple[str, str]]:
-        loaded = self.services.catalog.loaded_ids
-        return [
-            (f"{'● ' if entry.model_id in loaded else '○ '}{entry.summary}", entry.model_id)
-            for entry in self.services.catalog.entries
-        ]
-
     def _default(self, side: str) -> str | None:
         """The first model on the left, the second on the right, those before others that are loaded."""
-        catalog = self.services.catalog
-        loaded = catalog.loaded_ids
-        names = [*loaded, *(entry.model_id for entry in catalog.entries if entry.model_id not in loaded)]
+        names = self.services.catalog.ids_loaded_first
         place = _SIDES.index(side)
         return names[place] if place < len(names) else None
 

@@ -15,7 +15,7 @@ from llava_saep.serve.demo.conversation import Conversation
 from llava_saep.serve.demo.events import TELLING, answering
 from llava_saep.serve.demo.history import Visitor
 from llava_saep.serve.demo.look import HINT, Look, LookStore, View, drawn, facts_of, layer_choices, note, visible
-from llava_saep.serve.demo.services import ChatParts, DemoServices
+from llava_saep.serve.demo.services import ChatParts, DemoServices, statistics_fields
 from llava_saep.serve.demo.text import as_html, told
 
 _LABEL_CHARACTERS = 70
@@ -179,11 +179,7 @@ class InsideSection:
                 for partial in self.services.answer(model_id, messages, options, request, "inside"):
                     text, statistics = partial
                     yield [gr.skip(), *self._writing(text)]
-                fields = statistics and {
-                    **dataclasses.asdict(statistics),
-                    "tokens_per_second": statistics.tokens_per_second,
-                }
-                name = self._looked(model_id, messages, text, fields, request)
+                name = self._looked(model_id, messages, text, statistics_fields(statistics), request)
         except Exception as error:  # every kind becomes a message
             yield [gr.skip(), *self._refused(error, None, None)]
             return

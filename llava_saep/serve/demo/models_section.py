@@ -18,7 +18,7 @@ class ModelsSection:
     def __init__(self, services: DemoServices):
         self.services = services
         self.model = gr.Dropdown(
-            choices=self._choices(), value=self._first(), label="Model", elem_id="model", filterable=False
+            choices=self.services.catalog.choices, value=self._first(), label="Model", elem_id="model", filterable=False
         )
         self.card = gr.HTML(self._card(self._first()), elem_id="model-card")
         can_load = any(entry.folder is not None for entry in services.catalog.entries)
@@ -44,7 +44,7 @@ class ModelsSection:
             self._card(model_id),
             gr.update(visible=not is_loaded, interactive=True, value="Load"),
             gr.update(visible=is_loaded),
-            gr.update(choices=self._choices()),
+            gr.update(choices=self.services.catalog.choices),
         ]
 
     def load_model(self, model_id: str | None) -> Iterator[list[Any]]:
@@ -76,20 +76,12 @@ class ModelsSection:
         return model_id in self.services.catalog.loaded_ids
 
     def _first(self) -> str | None:
-        catalog = self.services.catalog
-        return next(iter([*catalog.loaded_ids, *(entry.model_id for entry in catalog.entries)]), None)
-
-    def _choices(self) -> list[tuple[str, str]]:
-        loaded = self.services.catalog.loaded_ids
-        return [
-            (f"{'● ' if entry.model_id in loaded else '○ '}{entry.summary}", entry.model_id)
-            for entry in self.services.catalog.entries
-        ]
+        return next(iter(self.services.catalog.ids_loaded_first), None)
 
     def _card(self, model_id: str | None) -> str:
         """What is known of a model, as HTML of our own."""
         catalog = self.services.catalog
-        entry = next((entry for entry in catalog.entries if entry.model_id == model_id), None)
+        entry = catalog.entry(model_id)
         if entry is None:
             return "No model was found."
         facts = [entry.model_id]

@@ -54,6 +54,13 @@ class PartialAnswer(NamedTuple):
     statistics: AnswerStatistics | None = None
 
 
+def statistics_fields(statistics: AnswerStatistics | None) -> dict[str, Any] | None:
+    """What is kept of an answer's statistics: their fields, and the rate that follows from them."""
+    if statistics is None:
+        return None
+    return {**dataclasses.asdict(statistics), "tokens_per_second": statistics.tokens_per_second}
+
+
 class DemoServices:
     """One object per page. Thread-safe."""
 

@@ -62,6 +62,8 @@ def test_models_are_loaded_side_by_side_and_unloaded(models_folder):
     assert list(catalog.load("one")) == []
     catalog.unload("one")
     assert catalog.loaded_ids == ["run/checkpoint-5"]
+    assert catalog.ids_loaded_first == ["run/checkpoint-5", "one"]
+    assert [(label[0], name) for label, name in catalog.choices] == [("○", "one"), ("●", "run/checkpoint-5")]
     with pytest.raises(UserError, match="one is not loaded; load it first"):
         catalog.engine("one")
     with pytest.raises(UserError, match="no such model"):
