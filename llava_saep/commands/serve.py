@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from llava_saep.errors import UserError
 from llava_saep.program import AbbreviatingParser
 from llava_saep.serve.access import API_KEY_VARIABLE, add_access_flags, bind_socket, check_access, is_loopback
-from llava_saep.serve.engine_flags import add_engine_flags, engine_settings_from
+from llava_saep.serve.engine_flags import add_engine_flags, loading_arguments_from
 from llava_saep.serve.limits import Limits, add_limit_flags, limits_from
 from llava_saep.serve.replica_settings import ReplicaSettings, add_replica_flags, replica_settings_from
 
@@ -167,17 +167,9 @@ def _loaded(
 ) -> "Iterator[Mapping[str, Engine]]":
     """Load the models by their names, in this process or in replicas."""
     from llava_saep.generation import LocalEngine
-    from llava_saep.model.quantization import QuantizationConfig
     from llava_saep.serve.deployment import deployed
 
-    arguments = {
-        "device": args.device,
-        "trust_projector_code": args.trust_projector_code,
-        "quantization": QuantizationConfig.for_loading(load_4bit=args.load_4bit, load_8bit=args.load_8bit),
-        "model_base": args.model_base,
-        "template": args.conv_mode,
-        "settings": engine_settings_from(args),
-    }
+    arguments = loading_arguments_from(args)
     with ExitStack() as loaded:
         if replicas is not None:
             yield loaded.enter_context(deployed(paths, replicas, **arguments))

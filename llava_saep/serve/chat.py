@@ -13,10 +13,9 @@ from PIL import Image
 from llava_saep.data.remote_images import find_image
 from llava_saep.errors import UserError
 from llava_saep.generation import AnswerStatistics, GenerationOptions, LocalEngine, Message
-from llava_saep.model.quantization import QuantizationConfig
 from llava_saep.program import AbbreviatingParser
 from llava_saep.serve.access import API_KEY_VARIABLE
-from llava_saep.serve.engine_flags import add_engine_flags, engine_settings_from
+from llava_saep.serve.engine_flags import add_engine_flags, loading_arguments_from
 from llava_saep.serve.remote import Endpoint, RemoteEngine, read_api_key, remote_engines
 from llava_saep.serve.saved_chat import load_chat, save_chat
 
@@ -356,15 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _load(args: argparse.Namespace) -> LocalEngine:
     if args.model_path is None:
         raise UserError("no model: give --model-path FOLDER, or --api with the address of a server")
-    return LocalEngine.from_pretrained(
-        args.model_path,
-        device=args.device,
-        trust_projector_code=args.trust_projector_code,
-        quantization=QuantizationConfig.for_loading(load_4bit=args.load_4bit, load_8bit=args.load_8bit),
-        model_base=args.model_base,
-        template=args.conv_mode,
-        settings=engine_settings_from(args),
-    )
+    return LocalEngine.from_pretrained(args.model_path, **loading_arguments_from(args))
 
 
 def _connect(args: argparse.Namespace) -> RemoteEngine:

@@ -1,7 +1,7 @@
 """Flags on what an engine keeps between answers and how its model runs, the same for chat, demo and server."""
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llava_saep.program import AbbreviatingParser
 
@@ -35,3 +35,21 @@ def engine_settings_from(args: argparse.Namespace) -> "EngineSettings":
     given["max_cache_bytes"] = args.cached_bytes
     given = {name: value for name, value in given.items() if value is not None}
     return EngineSettings(cache=args.kv_cache, compile=args.compile, **given)
+
+
+def loading_arguments_from(args: argparse.Namespace) -> dict[str, Any]:
+    """Read these flags and those on how a model is loaded, as arguments of `LocalEngine.from_pretrained`.
+
+    Raises:
+        UserError: as `engine_settings_from`, or two ways of rounding are asked for.
+    """
+    from llava_saep.model.quantization import QuantizationConfig
+
+    return {
+        "device": args.device,
+        "trust_projector_code": args.trust_projector_code,
+        "quantization": QuantizationConfig.for_loading(load_4bit=args.load_4bit, load_8bit=args.load_8bit),
+        "model_base": args.model_base,
+        "template": args.conv_mode,
+        "settings": engine_settings_from(args),
+    }

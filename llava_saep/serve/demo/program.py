@@ -16,13 +16,12 @@ from PIL import Image
 from llava_saep.errors import UserError
 from llava_saep.generation import GenerationOptions
 from llava_saep.model.projector_selection import trusting_projector_code
-from llava_saep.model.quantization import QuantizationConfig
 from llava_saep.program import AbbreviatingParser
 from llava_saep.serve.access import API_KEY_VARIABLE, add_access_flags, bind_socket, check_access
 from llava_saep.serve.demo.accounts import hash_password, password_check, read_accounts
 from llava_saep.serve.demo.catalog import ModelCatalog, ModelEntry, describe_folder, find_models
 from llava_saep.serve.demo.settings import MAX_HISTORY_BYTES, MAX_UPLOADS_BYTES, DemoSettings
-from llava_saep.serve.engine_flags import add_engine_flags, engine_settings_from
+from llava_saep.serve.engine_flags import add_engine_flags, loading_arguments_from
 from llava_saep.serve.limits import add_limit_flags, limits_from
 from llava_saep.serve.remote import Endpoint, read_api_key, remote_engines
 
@@ -149,18 +148,7 @@ def build_catalog(args: argparse.Namespace) -> ModelCatalog:
             f"{found_none}: give --model-path FOLDER, or --models-dir with a folder that holds checkpoints, or --api "
             "with the address of a server"
         )
-    catalog = ModelCatalog(
-        entries,
-        engines=engines,
-        load_options={
-            "device": args.device,
-            "trust_projector_code": args.trust_projector_code,
-            "quantization": QuantizationConfig.for_loading(load_4bit=args.load_4bit, load_8bit=args.load_8bit),
-            "model_base": args.model_base,
-            "template": args.conv_mode,
-            "settings": engine_settings_from(args),
-        },
-    )
+    catalog = ModelCatalog(entries, engines=engines, load_options=loading_arguments_from(args))
     if args.model_path is not None:
         catalog.load_now(entries[0].model_id)
     return catalog

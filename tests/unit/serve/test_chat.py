@@ -9,10 +9,12 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from llava_saep.commands.serve import build_parser as build_server_parser
 from llava_saep.errors import UserError
 from llava_saep.generation import AnswerStatistics, AnswerStream, EngineSettings, GenerationOptions
 from llava_saep.serve.chat import ChatSession, build_parser, chat_loop, run_command
-from llava_saep.serve.engine_flags import engine_settings_from
+from llava_saep.serve.demo.program import build_parser as build_demo_parser
+from llava_saep.serve.engine_flags import engine_settings_from, loading_arguments_from
 from tests.fixtures.tiny import write_image
 
 
@@ -215,6 +217,21 @@ def test_engine_flags_become_settings():
     assert engine_settings_from(parse(given)) == expected
     with pytest.raises(UserError, match="needs --kv-cache static"):
         engine_settings_from(parse(["--model-path", "m", "--compile"]))
+
+
+@pytest.mark.parametrize("build", [build_parser, build_demo_parser, build_server_parser])
+def test_flags_load_a_model_in_the_same_way_for_chat_page_and_server(build):
+    given = "--model-path m --device cpu --model-base b --conv-mode v1 --trust-projector-code --cached-chats 1".split()
+    assert loading_arguments_from(build().parse_args(given)) == {
+        "device": "cpu",
+        "trust_projector_code": True,
+        "quantization": None,
+        "model_base": "b",
+        "template": "v1",
+        "settings": EngineSettings(max_conversations=1),
+    }
+    with pytest.raises(UserError, match="choose one"):
+        loading_arguments_from(build().parse_args([*given, "--load-4bit", "--load-8bit"]))
 
 
 def test_terminal_obeys_no_answer(session, monkeypatch):
