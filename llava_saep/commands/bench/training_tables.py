@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from llava_saep.commands.projectors.text import columns, wrapped
+from llava_saep.commands.projectors.report_lines import Table, report_lines
 from llava_saep.machine import GIB, machine_line
 
 _TERA = 10**12
@@ -20,23 +20,14 @@ def training_lines(document: Mapping[str, Any], width: int) -> Iterator[str]:
         document: what `training_document` makes.
     """
     rows = document["sides"]
-    for line in heading_lines(document):
-        yield from wrapped(line, width)
-    yield ""
-    yield from columns(_speed_rows(rows))
-    yield ""
-    yield from columns(_need_rows(rows))
+    tables = [Table(_speed_rows(rows)), Table(_need_rows(rows))]
     compared = [row for row in rows if row["times_better_than_baseline"] and row["name"] != document["baseline"]]
     if compared:
-        yield f"\nagainst {document['baseline']}: how many times faster, and how many times less is needed"
-        yield from columns(_comparison_rows(compared))
-    for row in rows:
-        if row["error"]:
-            yield ""
-            yield from wrapped(f"{row['name']}: {' '.join(row['error'].split())}", width)
-    yield ""
-    for note in _notes(document):
-        yield from wrapped(note, width)
+        title = f"against {document['baseline']}: how many times faster, and how many times less is needed"
+        tables.append(Table(_comparison_rows(compared), title))
+    return report_lines(
+        heading=heading_lines(document), tables=tables, measured=rows, notes=_notes(document), width=width
+    )
 
 
 def heading_lines(document: Mapping[str, Any]) -> list[str]:

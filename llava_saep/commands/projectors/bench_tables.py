@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llava_saep.bench.profiling import Copies, StepProfile
+from llava_saep.commands.projectors.report_lines import Table, report_lines
 from llava_saep.commands.projectors.text import columns, wrapped
 from llava_saep.machine import machine_line
 
@@ -21,25 +22,17 @@ def bench_lines(document: Mapping[str, Any], width: int) -> Iterator[str]:
         document: what `bench_document` makes.
     """
     rows = document["projectors"]
-    for line in heading_lines(document):
-        yield from wrapped(line, width)
-    yield ""
-    yield from columns(_work_rows(rows))
+    tables = [Table(_work_rows(rows))]
     timed = [row for row in rows if row["forward_backward"]["seconds"]]
     if timed:
-        yield ""
-        yield from columns(_time_rows(timed))
+        tables.append(Table(_time_rows(timed)))
     compared = [row for row in timed if row["relative_to_baseline"] and row["name"] != document["baseline"]]
     if compared:
-        yield f"\ndivided by {document['baseline']}'s; below 1 is less work or faster:"
-        yield from columns(_comparison_rows(compared))
-    for row in rows:
-        if row["error"]:
-            yield ""
-            yield from wrapped(f"{row['name']}: {' '.join(row['error'].split())}", width)
-    yield ""
-    for note in _notes(document):
-        yield from wrapped(note, width)
+        title = f"divided by {document['baseline']}'s; below 1 is less work or faster:"
+        tables.append(Table(_comparison_rows(compared), title))
+    return report_lines(
+        heading=heading_lines(document), tables=tables, measured=rows, notes=_notes(document), width=width
+    )
 
 
 def heading_lines(document: Mapping[str, Any]) -> list[str]:
