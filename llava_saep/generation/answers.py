@@ -13,7 +13,13 @@ from transformers import StoppingCriteria, TextStreamer
 
 from llava_saep.generation.options import GenerationOptions
 from llava_saep.generation.predictor import Prompt
-from llava_saep.generation.streams import AnswerStatistics, AnswerStream, FinishReason, StopStringFilter
+from llava_saep.generation.streams import (
+    NOT_AT_ITS_END,
+    AnswerStatistics,
+    AnswerStream,
+    FinishReason,
+    StopStringFilter,
+)
 
 
 class Answer:
@@ -91,7 +97,7 @@ class LocalAnswerStream(AnswerStream):
     def statistics(self) -> AnswerStatistics:
         """What the answer took; see `AnswerStream.statistics`."""
         if self._answer.statistics is None:
-            raise RuntimeError("the answer has not come to its end; read it to the end or close it first")
+            raise RuntimeError(NOT_AT_ITS_END)
         return self._answer.statistics
 
     def __del__(self) -> None:

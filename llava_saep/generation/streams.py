@@ -1,5 +1,6 @@
 """Answers that come piece by piece: what a reader sees of one, and how text is cut before a stop string."""
 
+import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,6 +8,9 @@ from types import TracebackType
 from typing import Literal, Self
 
 FinishReason = Literal["stop", "length", "cancelled", "time_limit"]
+
+NOT_AT_ITS_END = "the answer has not come to its end; read it to the end or close it first"
+"""What `AnswerStream.statistics` says too early."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +77,37 @@ class AnswerStream(Iterator[str]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class PieceTimes:
+    """When the pieces of an answer came, for the streams of models that run elsewhere, whose tokens nobody counts here.
+
+    Args:
+        asked: monotonic time of the question.
+    Attributes:
+        num_pieces: that have come.
+    """
+
+    def __init__(self, asked: float):
+        self.num_pieces = 0
+        self._asked = self._first = self._last = asked
+
+    def note_piece(self) -> None:
+        """Note that a piece has come."""
+        self._last = time.monotonic()
+        if self.num_pieces == 0:
+            self._first = self._last
+        self.num_pieces += 1
+
+    @property
+    def first_piece_seconds(self) -> float:
+        """From the question to the first piece; 0 without any."""
+        return self._first - self._asked
+
+    @property
+    def seconds(self) -> float:
+        """From the question to the last piece; 0 without any."""
+        return self._last - self._asked
 
 
 class StopStringFilter:

@@ -31,6 +31,7 @@ from llava_saep.generation import (
     Message,
     ModelDescription,
 )
+from llava_saep.generation.streams import NOT_AT_ITS_END, PieceTimes
 from llava_saep.serve.access import API_KEY_VARIABLE, is_loopback
 
 logger = logging.getLogger(__name__)
@@ -172,9 +173,7 @@ class RemoteAnswerStream(AnswerStream):
     def __init__(self, response: httpx.Response, asked: float, max_seconds: float | None):
         self._response = response
         self._chunks = _chunks(response)
-        self._asked = asked
-        self._first = self._last = 0.0
-        self._num_pieces = 0
+        self._times = PieceTimes(asked)
         self._finish_reason: str | None = None
         self._usage: dict[str, Any] = {}
         self._hung_up: str | None = None
@@ -222,9 +221,7 @@ class RemoteAnswerStream(AnswerStream):
         self._finish_reason = choice.get("finish_details") or choice.get("finish_reason") or self._finish_reason
         piece = (choice.get("delta") or {}).get("content") or ""
         if piece:
-            self._last = time.monotonic()
-            self._first = self._first or self._last
-            self._num_pieces += 1
+            self._times.note_piece()
         return piece
 
     def close(self) -> None:
@@ -260,17 +257,17 @@ class RemoteAnswerStream(AnswerStream):
         A server's counts come last: of an answer that was cut short only the pieces are known.
         """
         if not self._has_ended:
-            raise RuntimeError("the answer has not come to its end; read it to the end or close it first")
+            raise RuntimeError(NOT_AT_ITS_END)
         prompt = self._usage.get("prompt_tokens_details") or {}
         return AnswerStatistics(
             prompt_tokens=int(self._usage.get("prompt_tokens") or 0),
             image_tokens=int(prompt.get("image_tokens") or 0),
             cached_tokens=int(prompt.get("cached_tokens") or 0),
-            completion_tokens=int(self._usage.get("completion_tokens") or self._num_pieces),
+            completion_tokens=int(self._usage.get("completion_tokens") or self._times.num_pieces),
             finish_reason=_known_reason(self._finish_reason),
             waiting_seconds=0.0,
-            first_token_seconds=self._first - self._asked if self._num_pieces else 0.0,
-            seconds=self._last - self._asked if self._num_pieces else 0.0,
+            first_token_seconds=self._times.first_piece_seconds,
+            seconds=self._times.seconds,
         )
 
     def __del__(self) -> None:

@@ -20,6 +20,7 @@ from llava_saep.generation import (
     Message,
     ModelDescription,
 )
+from llava_saep.generation.streams import NOT_AT_ITS_END, PieceTimes
 
 logger = logging.getLogger(__name__)
 
@@ -77,12 +78,12 @@ class ReplicatedAnswerStream(AnswerStream):
     def __init__(self, ask: Callable[[], Any]):
         self._ask = ask
         self._num_attempts = 0
-        self._num_pieces = 0
         self._has_ended = False
         self._statistics: AnswerStatistics | None = None
-        self._asked = self._first = self._last = time.monotonic()
+        asked = time.monotonic()
+        self._times = PieceTimes(asked)
         self._begin()
-        self._waited = time.monotonic() - self._asked
+        self._waited = time.monotonic() - asked
 
     def _begin(self) -> None:
         from llava_saep.serve.replica import Refusal
@@ -106,9 +107,7 @@ class ReplicatedAnswerStream(AnswerStream):
             with self._replaced_replica():
                 received = next(self._responses)
             if isinstance(received, str):
-                self._last = time.monotonic()
-                self._first = self._last if self._num_pieces == 0 else self._first
-                self._num_pieces += 1
+                self._times.note_piece()
                 return received
             if isinstance(received, AnswerStatistics):
                 waited = received.waiting_seconds + self._waited
@@ -131,7 +130,7 @@ class ReplicatedAnswerStream(AnswerStream):
             message = "all replicas of the model are busy, and as many questions wait as may"
             raise OverloadedError(message, retry_after_seconds=_RETRY_AFTER_SECONDS) from error
         except ray.exceptions.RayActorError as error:
-            if self._num_pieces or self._num_attempts >= _MAX_ATTEMPTS:
+            if self._times.num_pieces or self._num_attempts >= _MAX_ATTEMPTS:
                 self._has_ended = True
                 raise RuntimeError("the replica that wrote this answer is gone") from error
             logger.warning("a replica is gone; its question is put to another one")
@@ -147,18 +146,18 @@ class ReplicatedAnswerStream(AnswerStream):
     def statistics(self) -> AnswerStatistics:
         """What the answer took, as the replica counted; of an answer that was cut short only the pieces are known."""
         if not self._has_ended:
-            raise RuntimeError("the answer has not come to its end; read it to the end or close it first")
+            raise RuntimeError(NOT_AT_ITS_END)
         if self._statistics is not None:
             return self._statistics
         return AnswerStatistics(
             prompt_tokens=0,
             image_tokens=0,
             cached_tokens=0,
-            completion_tokens=self._num_pieces,
+            completion_tokens=self._times.num_pieces,
             finish_reason="cancelled",
             waiting_seconds=self._waited,
-            first_token_seconds=self._first - self._asked if self._num_pieces else 0.0,
-            seconds=self._last - self._asked if self._num_pieces else 0.0,
+            first_token_seconds=self._times.first_piece_seconds,
+            seconds=self._times.seconds,
         )
 
     def __del__(self) -> None:

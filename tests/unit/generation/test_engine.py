@@ -2,13 +2,14 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from llava_saep.errors import UserError
 from llava_saep.generation import GenerationOptions, LocalEngine
-from llava_saep.generation.streams import StopStringFilter
+from llava_saep.generation.streams import PieceTimes, StopStringFilter
 from tests.fixtures.conversations import answered, ask
 
 GREEDY = GenerationOptions(max_new_tokens=8)
@@ -173,3 +174,13 @@ def test_description_names_the_model(engine, predictor):
 def test_stop_strings_end_a_stream_wherever_the_pieces_are_cut(pieces, expected):
     stop_filter = StopStringFilter(("</s>", "###"))
     assert "".join([*map(stop_filter.feed, pieces), stop_filter.flush()]) == expected
+
+
+def test_pieces_are_timed_from_the_question(monkeypatch):
+    times = PieceTimes(asked=100.0)
+    assert (times.num_pieces, times.first_piece_seconds, times.seconds) == (0, 0.0, 0.0)
+    clock = iter((101.5, 102.0, 104.0))
+    monkeypatch.setattr("llava_saep.generation.streams.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    for _ in range(3):
+        times.note_piece()
+    assert (times.num_pieces, times.first_piece_seconds, times.seconds) == (3, 1.5, 4.0)
