@@ -6,6 +6,7 @@ read, so that nobody can put words or files into it.
 
 import dataclasses
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import gradio as gr
@@ -33,6 +34,26 @@ class ChatsList(NamedTuple):
     new: gr.Button
     chats: gr.Radio
     delete: gr.Button
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A question on its way to an answer.
+
+    Args:
+        asked: the conversation that ends with it.
+        before: what is shown again when it is refused, with `typed` in the field.
+        typed: None: it is none that the field held.
+    """
+
+    asked: Conversation
+    before: Conversation
+    visitor: Visitor
+    browser: dict[str, Any]
+    model_id: str | None
+    controls: ControlValues
+    request: gr.Request
+    typed: dict[str, Any] | None = None
 
 
 class ChatSection:
@@ -70,7 +91,7 @@ class ChatSection:
 
     @property
     def _outputs(self) -> list[Any]:
-        """Of each event that shows a chat: see `_shown`."""
+        """What each event fills that shows a chat; see `_shown`."""
         return [self.conversation, self.chatbot, self.question, self.stop, self.chats.chats, self.browser]
 
     def _build(self) -> None:
@@ -166,7 +187,7 @@ class ChatSection:
             yield self._shown(conversation, visitor, browser, question=gr.skip())
             return
         values = ControlValues(*controls)
-        yield from self._answered(asked, conversation, visitor, browser, model_id, values, request, typed=typed)
+        yield from self._answered(_Question(asked, conversation, visitor, browser, model_id, values, request, typed))
 
     def retry(
         self,
@@ -184,7 +205,7 @@ class ChatSection:
             return
         asked = before.with_question(question.text, question.pictures)
         values = ControlValues(*controls)
-        yield from self._answered(asked, conversation, visitor, browser, model_id, values, request)
+        yield from self._answered(_Question(asked, conversation, visitor, browser, model_id, values, request))
 
     def edit(
         self,
@@ -205,7 +226,7 @@ class ChatSection:
             yield self._shown(conversation, visitor, browser)
             return
         values = ControlValues(*controls)
-        yield from self._answered(asked, conversation, visitor, browser, model_id, values, request)
+        yield from self._answered(_Question(asked, conversation, visitor, browser, model_id, values, request))
 
     def undo(self, conversation: Conversation, browser: Any, request: gr.Request) -> list[Any]:
         """Take the last question and its answer back, also one that is being written; the words return to the field."""
@@ -301,49 +322,26 @@ class ChatSection:
 
     # Steps
 
-    def _answered(
-        self,
-        asked: Conversation,
-        before: Conversation,
-        visitor: Visitor,
-        browser: dict[str, Any],
-        model_id: str | None,
-        controls: ControlValues,
-        request: gr.Request,
-        typed: dict[str, Any] | None = None,
-    ) -> Iterator[list[Any]]:
-        """Stream the answer to a question, and keep what came of it, even if the visitor leaves meanwhile.
-
-        Args:
-            before: what is shown again when the question is refused, with `typed` in the field.
-        """
+    def _answered(self, question: _Question) -> Iterator[list[Any]]:
+        """Stream the answer to a question, and keep what came of it, even if the visitor leaves meanwhile."""
         try:
-            with self.turns.taken(request.session_hash or "") as turn:
-                for outputs in self._turn(turn, asked, before, visitor, browser, model_id, controls, request, typed):
+            with self.turns.taken(question.request.session_hash or "") as turn:
+                for outputs in self._turn(turn, question):
                     yield [gr.skip()] * len(outputs) if turn.is_left else outputs
         except UserError as error:  # another answer is being written
             gr.Warning(as_html(told(error)), title="Not asked")
             yield [gr.skip()] * len(self._outputs)
 
-    def _turn(
-        self,
-        turn: Turn,
-        asked: Conversation,
-        before: Conversation,
-        visitor: Visitor,
-        browser: dict[str, Any],
-        model_id: str | None,
-        controls: ControlValues,
-        request: gr.Request,
-        typed: dict[str, Any] | None,
-    ) -> Iterator[list[Any]]:
+    def _turn(self, turn: Turn, question: _Question) -> Iterator[list[Any]]:
         """The steps of `_answered`."""
+        asked, visitor, browser, typed = question.asked, question.visitor, question.browser, question.typed
+        model_id, request = question.model_id, question.request
         text, statistics = "", None
         try:
             if typed is None:  # a new question has been counted before its pictures were taken
                 self.services.check_rate(request)
-            options = controls.options
-            asked = dataclasses.replace(asked, system=self._system(controls, model_id))
+            options = question.controls.options
+            asked = dataclasses.replace(asked, system=self._system(question.controls, model_id))
             yield self._writing(asked, visitor, text, clears_field=typed is not None)
             with self.services.decoded(asked, visitor) as messages:
                 for partial in self.services.answer(model_id, messages, options, request, "chat"):
@@ -354,8 +352,8 @@ class ChatSection:
             raise
         except Exception as error:  # every kind becomes a message
             gr.Warning(as_html(told(error)), title="Not answered", duration=15)
-            turn.conversation = before
-            kept = self._keep(turn, asked, visitor, text, model_id, None) if text else before
+            turn.conversation = question.before
+            kept = self._keep(turn, asked, visitor, text, model_id, None) if text else question.before
             yield self._shown(kept, visitor, browser, question=typed if typed and not text else gr.skip())
             return
         yield self._shown(self._keep(turn, asked, visitor, text, model_id, statistics), visitor, browser)
