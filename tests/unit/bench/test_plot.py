@@ -86,6 +86,6 @@ def test_plot_that_cannot_be_written_is_refused(tmp_path, name, message):
 
 def test_missing_matplotlib_is_named_with_its_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(plot.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"llava-saep\[bench\]"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[bench\]'"):
         check_plot_path(str(tmp_path / "plot.png"))
     assert importlib.util.find_spec is plot.importlib.util.find_spec
