@@ -53,7 +53,7 @@ def find_parts(path: Path) -> list[Path]:
 
 @contextmanager
 def claimed(path: Path) -> Iterator[None]:
-    """Hold an answer file and the parts of it, which no other evaluation may write meanwhile.
+    """Hold an answer file and the parts of it, which no other evaluation may write meanwhile; rank 0 does it for all.
 
     A process that is killed holds nothing any more: the file of the lock stays behind, and means nothing alone.
 

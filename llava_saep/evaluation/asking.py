@@ -78,7 +78,8 @@ class AskedModel:
 
         Args:
             limit: what the user asks for, which is kept where it leaves any room for a prompt: a question that does
-                not fit beside it is left out and reported. None: `default`, or what half of the context holds.
+                not fit beside it is left out and reported. None: `default`, halved until it is at most half of the
+                context.
             description: of what is asked.
         """
         from llava_saep.generation import GenerationOptions

@@ -40,6 +40,10 @@ BadImagePolicy = Literal["exclude", "error"]
 _NO_MEMORY = ("can't allocate memory", "out of memory")
 """What PyTorch says of it in a RuntimeError: the CPU's allocator, and libraries of a GPU."""
 _SECONDS_BETWEEN_LINES = 30
+_WHERE_IMAGES_ARE = (
+    "--image-folder names the folder that the paths in a question file are relative to, --data-dir the one with the "
+    "folders of the benchmarks; llava-saep eval --on_bad_image exclude leaves such questions out."
+)
 """Where no terminal redraws the progress bar."""
 
 
@@ -99,15 +103,11 @@ def absent_images(questions: Iterable[TaskQuestion]) -> list[Path]:
     return sorted(file for file in files if not file.is_file())
 
 
-def check_images(questions: Iterable[TaskQuestion]) -> None:
-    """Raise UserError, with their number and the first one, when images of questions are missing."""
+def check_images(questions: Iterable[TaskQuestion], *, advice: str = _WHERE_IMAGES_ARE) -> None:
+    """Raise UserError, with their number, the first one and advice, when images of questions are missing."""
     missing = absent_images(questions)
     if missing:
-        raise UserError(
-            f"{len(missing)} images of the question file are missing, the first one {missing[0]}. "
-            "--image-folder names the folder that the paths in a question file are relative to, --data-dir the one "
-            "with the folders of the benchmarks; llava-saep eval --on_bad_image exclude leaves such questions out."
-        )
+        raise UserError(f"{len(missing)} images of the question file are missing, the first one {missing[0]}. {advice}")
 
 
 def answer_questions(

@@ -8,7 +8,7 @@ from pathlib import Path
 from llava_saep.commands.compare.flags import check_flags, parser
 from llava_saep.commands.compare.plan import Comparison, plan_comparison
 from llava_saep.evaluation.comparison.results import Results, collect
-from llava_saep.evaluation.comparison.runs import Runner, claim, reserved, speed_step
+from llava_saep.evaluation.comparison.runs import Runner, claimed, speed_step, write_plan
 from llava_saep.evaluation.comparison.steps import FAILURE_FILE, Placement, describe_judge, read_json, record_path
 
 EXIT_SOME_FAILED = 1
@@ -19,13 +19,14 @@ def main(argv: Sequence[str]) -> int:
     """Train what is not trained yet, question it, measure, and write the report; 1 when a run failed."""
     arguments = parser().parse_args(argv)
     check_flags(arguments)
-    with reserved(Path(arguments.output_dir)):
+    with claimed(Path(arguments.output_dir)):
         comparison = plan_comparison(arguments)
-        claim(comparison.folder, comparison.plan)
-        return _do(comparison, argv)
+        write_plan(comparison.folder, comparison.plan)
+        return run_comparison(comparison, argv)
 
 
-def _do(comparison: Comparison, argv: Sequence[str]) -> int:
+def run_comparison(comparison: Comparison, argv: Sequence[str]) -> int:
+    """Do what is open in a claimed folder, and write the report; returns the exit code."""
     with _threads_of_children(comparison.placement):
         forget_changed_models(comparison)
         runner = Runner(comparison.placement, num_jobs=comparison.num_jobs, say=lambda line: print(line, flush=True))
@@ -49,14 +50,17 @@ def forget_changed_models(comparison: Comparison) -> None:
 
     judge = describe_judge(comparison.judge)
     for run in comparison.runs:
-        record = read_json(record_path(run.folder, "evaluation"))
-        if run.seed is not None or record is None:
+        if run.seed is not None:
             continue
-        if record["model_fingerprint"] != fingerprint_with_base(run.model_path):
-            for name in ("evaluation", "speed"):
-                record_path(run.folder, name).unlink(missing_ok=True)
-        elif judge is not None and record.get("judge") != judge:
-            record_path(run.folder, "evaluation").unlink()
+        fingerprint = fingerprint_with_base(run.model_path)
+        for name in ("evaluation", "speed"):
+            path = record_path(run.folder, name)
+            record = read_json(path)
+            if record is None:
+                continue
+            is_rated_by_another = name == "evaluation" and judge is not None and record.get("judge") != judge
+            if record.get("model_fingerprint") != fingerprint or is_rated_by_another:
+                path.unlink()
 
 
 def measure_speeds(comparison: Comparison, runner: Runner) -> None:

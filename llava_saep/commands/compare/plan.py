@@ -18,7 +18,12 @@ from llava_saep.evaluation.comparison.runs import Run, benchmark_runs, model_run
 from llava_saep.evaluation.comparison.steps import Placement
 from llava_saep.evaluation.fingerprints import questions_fingerprint
 from llava_saep.evaluation.judge import Judge
-from llava_saep.evaluation.questions import Question, as_task_question, read_questions
+from llava_saep.evaluation.questions import (
+    DEFAULT_MAX_NEW_TOKENS,
+    Question,
+    as_task_question,
+    read_questions,
+)
 from llava_saep.evaluation.tasks import TaskQuestion
 
 ROOT = Path(__file__).parents[3]
@@ -73,7 +78,7 @@ def _plan_training(arguments: argparse.Namespace) -> Comparison:
     questions = read_questions(recipe.question_file)
     _refuse_unscored(questions, recipe.question_file)
     asked = _as_asked(questions, recipe.image_folder)
-    check_images(asked)
+    check_images(asked, advice=f"The recipe's image_folder is {recipe.image_folder}")
     seeds = range(arguments.seeds or DEFAULT_SEEDS)
     return Comparison(
         runs=tuple(training_runs(choices, seeds, recipe, folder.absolute(), placement)),
@@ -134,7 +139,7 @@ def _plan_models(arguments: argparse.Namespace) -> Comparison:
     described = {
         "question_file": str(recipe.question_file),
         "image_folder": str(recipe.image_folder),
-        "max_new_tokens": recipe.max_new_tokens,
+        "max_new_tokens": recipe.max_new_tokens or DEFAULT_MAX_NEW_TOKENS,
         "questions": questions_fingerprint(asked),
     }
     return Comparison(
@@ -204,12 +209,14 @@ def _find_models(arguments: argparse.Namespace) -> dict[str, Path]:
     """
     from llava_saep.model.hub import local_folder
     from llava_saep.model.loading import inspect_folder
+    from llava_saep.model.projector_selection import trusting_projector_code
 
     folders = {label: Path(local_folder(path)) for label, path in labelled(arguments.model_path).items()}
     for folder in folders.values():
         if not folder.is_dir():
             raise UserError(f"--model-path {folder}: no such folder")
-        inspect_folder(folder)
+        with trusting_projector_code(arguments.trust_projector_code):
+            inspect_folder(folder)
     return folders
 
 

@@ -53,6 +53,7 @@ def chosen_output_dir(arguments: argparse.Namespace) -> Path:
             the folder holds no model.
     """
     from llava_saep.model.hub import is_hub_name
+    from llava_saep.model.projector_selection import trusting_projector_code
 
     path = Path(arguments.model_path).expanduser()
     # Beside a model of the hub nobody would find the answers.
@@ -60,7 +61,8 @@ def chosen_output_dir(arguments: argparse.Namespace) -> Path:
     if not arguments.output_dir:
         return usual
     output_dir = Path(arguments.output_dir).expanduser()
-    base = _base(path, arguments.model_base)
+    with trusting_projector_code(arguments.trust_projector_code):
+        base = _find_base(path, arguments.model_base)
     for folder, whose in ((path, "the model's own folder"), (base, "the folder of the model's base")):
         if folder is not None and output_dir.resolve() == folder.resolve():
             raise UserError(
@@ -70,7 +72,7 @@ def chosen_output_dir(arguments: argparse.Namespace) -> Path:
     return output_dir
 
 
-def _base(path: Path, given: str | None) -> Path | None:
+def _find_base(path: Path, given: str | None) -> Path | None:
     """As `local_base`; of a model that has not been fetched yet the one that is given."""
     if path.is_dir():
         return local_base(path, given)

@@ -1,4 +1,7 @@
-"""Imported by the server that a comparison's processes are forked from, before it imports what they need."""
+"""Quietens the server that a comparison's processes are forked from, when it imports this before anything else.
+
+Only imports happen there, so that importing is all that can be asked of it.
+"""
 
 from llava_saep.program import quieten_adapters
 

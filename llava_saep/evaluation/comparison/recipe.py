@@ -84,7 +84,7 @@ def read_recipe(path: Path) -> tuple[Recipe, dict[str, Any]]:
         stages=tuple(_stage(stage, index, path) for index, stage in enumerate(placed["stages"])),
         question_file=question_file,
         image_folder=Path(placed.get("image_folder", question_file.parent)),
-        **{name: int(placed[name]) for name in ("max_new_tokens", "batch_size") if name in placed},
+        **{name: int(placed[name]) for name in ("max_new_tokens", "batch_size") if placed.get(name) is not None},
         projector_options=dict(placed.get("projector_options", {})),
         chance_file=Path(placed["chance_file"]) if "chance_file" in placed else None,
     )

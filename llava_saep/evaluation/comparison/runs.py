@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import logging
 import multiprocessing
 import shutil
 import threading
@@ -24,6 +25,8 @@ from llava_saep.evaluation.comparison.recipe import RECIPE_FILE, Recipe
 from llava_saep.evaluation.comparison.steps import FAILURE_FILE, Placement, Step, read_json, record_path, write_json
 from llava_saep.evaluation.tasks import TaskQuestion
 from projectors import ProjectorError
+
+logger = logging.getLogger(__name__)
 
 PLAN_FILE = "comparison.json"
 LOCK_FILE = ".lock"
@@ -92,10 +95,10 @@ def refuse_strangers(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def reserved(folder: Path) -> Iterator[None]:
+def claimed(folder: Path) -> Iterator[None]:
     """Hold the output folder of a comparison, which no other one may use meanwhile; it is made where there is none.
 
-    A mistake inside the block that leaves a new folder empty leaves none.
+    A mistake inside the block that leaves a new folder empty leaves none; parents that were made stay.
 
     Raises:
         UserError: it holds other files, cannot be written, or is in use.
@@ -110,8 +113,10 @@ def reserved(folder: Path) -> Iterator[None]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(f"--output-dir {folder}: another comparison is at work in it") from error
+        except OSError as error:  # some file systems of clusters have no locks
+            logger.debug("%s: cannot be locked (%s)", folder, error)
         try:
             yield
         except (UserError, ProjectorError):
@@ -121,15 +126,16 @@ def reserved(folder: Path) -> Iterator[None]:
             raise
 
 
-def claim(folder: Path, plan: Mapping[str, Any]) -> None:
+def write_plan(folder: Path, plan: Mapping[str, Any]) -> None:
     """Write down what a reserved folder belongs to.
 
     Raises:
         UserError: it holds another comparison.
     """
-    stored = read_json(folder / PLAN_FILE)
-    if stored is not None and stored != plan:
-        differing = sorted(key for key in {*stored, *plan} if stored.get(key) != plan.get(key))
+    # A plan of earlier code may lack what is looked at by now.
+    stored = read_json(folder / PLAN_FILE) or {}
+    differing = sorted(key for key, value in stored.items() if value != plan.get(key))
+    if differing:
         raise UserError(
             f"--output-dir {folder}: holds another comparison ({', '.join(differing)} differ); name another folder"
         )

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 LOG_FILE = "log.txt"
 FAILURE_FILE = "failure.json"
+PEAK_FILE = "peak.json"
 MODEL_ID = "model"
 EXIT_FAILED = 1
 
@@ -214,7 +215,8 @@ def evaluate(
         device=_visible(device),
         trust_projector_code=trust_projector_code,
     )
-    return {"model_fingerprint": fingerprint_with_base(model_path)}
+    fingerprint = fingerprint_with_base(model_path)
+    return {"model_fingerprint": fingerprint, **_peak_of_answering(output_dir, fingerprint, device)}
 
 
 def evaluate_tasks(
@@ -240,13 +242,30 @@ def evaluate_tasks(
     model = AskedModel.load(choice)
     entries = evaluate_benchmarks(model, chosen, settings)
     due = [each for each in chosen if settings.judge is not None or not isinstance(each.task, JudgedTask)]
+    peak = _peak_of_answering(settings.output_dir, model.fingerprint, device)
     missing = [f"{label}: {why}" for label, why in unscored(entries, due).items()]
     for label, entry in entries.items():
         if entry["num_failed_judge_requests"]:
             missing.append(f"{label}: the judge failed on {entry['num_failed_judge_requests']} answers")
     if missing:
         raise UserError("; ".join(missing))
-    return {"model_fingerprint": model.fingerprint, "judge": describe_judge(settings.judge)}
+    return {"model_fingerprint": model.fingerprint, "judge": describe_judge(settings.judge), **peak}
+
+
+def _peak_of_answering(output_dir: Path, fingerprint: str, device: str) -> dict[str, Any]:
+    """The most memory that answering took, of all tries: one that finds answers only scores them."""
+    import torch
+
+    from llava_saep.train.memory import peak_memory_bytes
+
+    path = output_dir / PEAK_FILE
+    earlier = read_json(path) or {}
+    peaks = [peak_memory_bytes(torch.device(_visible(device)))]
+    if earlier.get("model_fingerprint") == fingerprint:
+        peaks.append(earlier["peak_memory_bytes"])
+    peak = {"peak_memory_bytes": max((value for value in peaks if value is not None), default=None)}
+    write_json(path, {"model_fingerprint": fingerprint, **peak})
+    return peak
 
 
 def describe_judge(judge: Judge | None) -> dict[str, str] | None:
@@ -299,6 +318,7 @@ def measure_speed(
     Raises:
         UserError: none of the images will open.
     """
+    from llava_saep.evaluation.asking import fingerprint_with_base
     from llava_saep.generation import Predictor
     from llava_saep.train.trainable import count_parameters
 
@@ -312,6 +332,7 @@ def measure_speed(
     measured = sorted([_first_token_seconds(predictor, question) for question in asked][num_warmup:])
     counts = {count.part: count.num_parameters for count in count_parameters(predictor.model)}
     return {
+        "model_fingerprint": fingerprint_with_base(model_path),
         "first_token_seconds": statistics.median(measured),
         "first_token_quartiles": [measured[len(measured) // 4], measured[(3 * len(measured)) // 4]],
         "num_repeats": num_repeats,

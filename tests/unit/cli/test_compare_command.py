@@ -1,18 +1,24 @@
 """`llava-saep compare`: flags, the embedded recipe, and trained models compared from the command line."""
 
+import importlib
 import json
+import logging
 import multiprocessing
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from llava_saep.cli import main
-from llava_saep.commands.compare import plan
+from llava_saep.commands.compare import forget_changed_models, measure_speeds, plan
 from llava_saep.commands.compare.flags import parser
 from llava_saep.errors import UserError
-from llava_saep.evaluation.comparison import runs
+from llava_saep.evaluation.asking import fingerprint_with_base
+from llava_saep.evaluation.comparison import quiet, runs, steps
 from llava_saep.evaluation.comparison.recipe import read_recipe
+from llava_saep.evaluation.comparison.steps import Placement, Step
+from llava_saep.evaluation.questions import Question, as_task_question
 from playground import comparison
 from playground.quickstart import SMALL_PROJECTORS
 from tests.fixtures.evaluation_runs import write_mmvet, write_vizwiz_test
@@ -95,6 +101,13 @@ def test_mistakes_in_a_recipe_are_named(tmp_path, change, message):
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(UserError, match=message):
         read_recipe(path)
+
+
+def test_null_in_a_recipe_is_the_default(tmp_path):
+    path = write_own_recipe(tmp_path) / "recipe.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_new_tokens": None, "batch_size": None}))
+    recipe, _ = read_recipe(path)
+    assert (recipe.max_new_tokens, recipe.batch_size) == (None, 32)
 
 
 def test_installation_without_the_playground_is_told_where_it_is(monkeypatch, tmp_path, capsys):
@@ -260,17 +273,69 @@ def test_benchmarks_without_scores_are_told_as_such(models, monkeypatch):
     assert "not run" not in page and "0 questions" not in page
 
 
-def test_timing_that_failed_once_is_no_failure_of_the_comparison_that_succeeds(models, monkeypatch, capsys):
-    monkeypatch.setattr(runs, "_context", lambda device: multiprocessing.get_context("fork"))
-    command = ["compare", "--model-path", str(models / "saep" / "stage2")]
-    command += ["--question-file", str(models / "held" / "questions.jsonl"), "--max-new-tokens", "4"]
-    command += ["--output-dir", str(models / "out"), "--device", "cpu"]
-    assert main(command) == 0
-    folder = models / "out" / "runs" / "stage2"
-    (folder / "speed.json").unlink()
-    (folder / "failure.json").write_text('{"step": "speed", "error": "no memory"}')
-    assert main(command) == 0
-    assert "runs failed" not in capsys.readouterr().out and not (folder / "failure.json").exists()
+def test_timing_that_failed_with_another_seed_is_forgotten_when_one_succeeds(tmp_path):
+    done = [Step(name="evaluation", function=print)]
+    finished = []
+    for seed in (0, 1):
+        folder = tmp_path / f"seed{seed}"
+        folder.mkdir()
+        (folder / "evaluation.json").write_text("{}")
+        finished.append(runs.Run(label="a", seed=seed, folder=folder, model_path=folder, steps=tuple(done)))
+    (tmp_path / "seed1" / "failure.json").write_text('{"step": "speed", "error": "no memory"}')
+    made = SimpleNamespace(
+        runs=finished,
+        questions=[as_task_question(Question(question_id=1, text="?", image="a.png"), tmp_path)],
+        trusted=frozenset(),
+        placement=Placement(device="cpu"),
+    )
+    measure_speeds(made, SimpleNamespace(do_step=lambda run, step: False))
+    assert finished[1].failure == "speed: no memory"
+    measure_speeds(made, SimpleNamespace(do_step=lambda run, step: True))
+    assert finished[1].failure is None
+
+
+def test_speed_and_answers_of_another_model_under_the_same_name_are_forgotten(models, monkeypatch):
+    """Also where the answers had no record, as while a judge fails."""
+    folder = models / "out"
+    command = ["--model-path", str(models / "saep" / "stage2"), "--output-dir", str(folder), "--device", "cpu"]
+    command += ["--question-file", str(models / "held" / "questions.jsonl")]
+    with runs.claimed(folder):
+        made = plan.plan_comparison(parser().parse_args(command))
+        (run,) = made.runs
+        run.folder.mkdir(parents=True)
+        facts = {"model_fingerprint": fingerprint_with_base(run.model_path)}
+        for name in ("evaluation", "speed"):
+            (run.folder / f"{name}.json").write_text(json.dumps(facts))
+        forget_changed_models(made)
+        assert sorted(path.name for path in run.folder.iterdir()) == ["evaluation.json", "speed.json"]
+        (run.folder / "evaluation.json").unlink()
+        write_saved_model(models / "saep" / "stage2", write_bases(models / "bases2", seed=5), seed=5)
+        forget_changed_models(made)
+        assert list(run.folder.iterdir()) == []
+
+
+def test_peak_of_answering_is_that_of_all_tries_of_one_model(tmp_path, monkeypatch):
+    peaks = iter([900, 300, 400])
+    monkeypatch.setattr("llava_saep.train.memory.peak_memory_bytes", lambda device: next(peaks))
+    found = [steps._peak_of_answering(tmp_path, fingerprint, "cpu") for fingerprint in ("a", "a", "b")]
+    assert [one["peak_memory_bytes"] for one in found] == [900, 900, 400]
+
+
+def test_plan_of_earlier_code_that_lacks_a_key_is_gone_on_from(tmp_path):
+    (tmp_path / "comparison.json").write_text('{"kind": "training"}')
+    runs.write_plan(tmp_path, {"kind": "training", "questions": "abc"})
+    assert json.loads((tmp_path / "comparison.json").read_text())["questions"] == "abc"
+    with pytest.raises(UserError, match="questions differ"):
+        runs.write_plan(tmp_path, {"kind": "training", "questions": "abd"})
+
+
+def test_processes_are_forked_from_a_server_that_is_quiet_first():
+    """bitsandbytes, which comes with peft, recommends a kernel on some processors when it is imported."""
+    assert runs._PRELOADED[0] == quiet.__name__
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.setLevel(logging.NOTSET)
+    importlib.reload(quiet)
+    assert not logger.isEnabledFor(logging.WARNING)
 
 
 def test_reworded_question_is_another_comparison(tmp_path, monkeypatch, capsys):
@@ -278,9 +343,9 @@ def test_reworded_question_is_another_comparison(tmp_path, monkeypatch, capsys):
     own = write_own_recipe(tmp_path)
     monkeypatch.setattr(plan, "_check_placeable", lambda choices, recipe: None)
     command = ["compare", "--projectors", "saep", "--recipe", str(own / "recipe.json"), "--device", "cpu"]
-    with runs.reserved(tmp_path / "out"):
+    with runs.claimed(tmp_path / "out"):
         made = plan.plan_comparison(parser().parse_args([*command[1:], "--output-dir", str(tmp_path / "out")]))
-        runs.claim(made.folder, made.plan)
+        runs.write_plan(made.folder, made.plan)
     (own / "questions.jsonl").write_text('{"question_id": 1, "text": "Really?", "answer": "yes"}\n')
     assert main([*command, "--output-dir", str(tmp_path / "out")]) == 2
     assert "holds another comparison (questions differ)" in capsys.readouterr().err
@@ -292,7 +357,9 @@ def test_images_that_are_missing_are_found_before_the_training(tmp_path, capsys,
     (own / "questions.jsonl").write_text('{"question_id": 1, "image": "a.png", "text": "?", "answer": "yes"}\n')
     command = ["compare", "--projectors", "saep", "--recipe", str(own / "recipe.json"), "--device", "cpu"]
     assert main([*command, "--output-dir", str(tmp_path / "out")]) == 2
-    assert "a.png" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    error = capsys.readouterr().err
+    assert "a.png" in error and "The recipe's image_folder is" in error and "--image-folder" not in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_folder_without_a_model_is_told_before_anything_is_asked(models, capsys):

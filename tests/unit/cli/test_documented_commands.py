@@ -47,10 +47,12 @@ def test_projector_that_breaks_the_contract_exits_with_1(tmp_path, capsys):
     assert "failed   output_has_the_promised_shape" in capsys.readouterr().out
 
 
+IGNORED = {".venv", ".pytest_cache", ".ruff_cache", "runs", "checkpoints", "build", "dist"}
 PAGES = sorted(
     page.relative_to(ROOT).as_posix()
-    for pattern in ("*.md", "docs/*.md", "*/README.md", "playground/*/README.md", "playground/*/*/README.md")
+    for pattern in ("*.md", "docs/*.md", "*/README.md", "*/*/README.md", "*/*/*/README.md")
     for page in ROOT.glob(pattern)
+    if not IGNORED & set(page.relative_to(ROOT).parts)
 )
 
 

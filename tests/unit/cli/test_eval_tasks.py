@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from llava_saep.cli import main
-from llava_saep.commands.evaluate.model import idle_gpus_hint
+from llava_saep.commands.evaluate.flags import parser
+from llava_saep.commands.evaluate.model import chosen_output_dir, idle_gpus_hint
 from llava_saep.evaluation.results import SCHEMA
 from llava_saep.evaluation.tasks import JudgedTask, find_task, select_tasks, task_names
+from projectors import ProjectorError
 from tests.fixtures.benchmarks import write_sample
 from tests.fixtures.evaluation_runs import (
     TINY_ADAPTER,
@@ -391,6 +393,22 @@ def test_judge_of_answers_that_no_judge_rates_is_refused(beside, capsys, tmp_pat
 def test_empty_name_of_an_answer_file_is_said(capsys):
     """As a script gives it whose variable is not set."""
     assert "--answers is empty; name a file of answers" in mistake(capsys, "--task", "pope", "--answers", "")
+
+
+def test_trusted_projector_of_a_llava_folder_is_trusted_by_all_that_looks_at_it(tmp_path):
+    """Only LLaVA's format needs the projector's class to be inspected; ours looks it up when the model is built."""
+    folder = tmp_path / "llava"
+    shutil.copytree(TINY_MODEL, folder)
+    config = json.loads((folder / "config.json").read_text())
+    blur = f"{Path(__file__).parents[3]}/playground/examples/blur_projector.py:BlurProjector"
+    config["mm_vision_tower"] = str(TINY_MODEL.parent / config["mm_vision_tower"])
+    config["projector"] = {"name": "blur", "provider": blur, "options": {}}
+    (folder / "config.json").write_text(json.dumps(config))
+    command = ["--model-path", str(folder), "--output-dir", str(tmp_path / "out"), "--task", "pope"]
+    with pytest.raises(ProjectorError, match="trust_projector_code"):
+        chosen_output_dir(parser().parse_args(command))
+    arguments = parser().parse_args([*command, "--trust-projector-code"])
+    assert chosen_output_dir(arguments) == tmp_path / "out"
 
 
 def test_model_is_needed_unless_there_are_answers(capsys):
