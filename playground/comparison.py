@@ -106,8 +106,8 @@ def _check_folder(folder: Path, recipe: Mapping[str, Any], facts: Mapping[str, A
 def embedded_recipe(world: str, settings: Settings) -> dict[str, Any]:
     """The recipe as its file has it."""
     return {
-        "title": f"embedded scenes, world {world}: stage 1 with {settings.stage1_steps} steps, stage 2 with "
-        f"{settings.stage2_steps} of {settings.global_batch_size} samples, {settings.num_train_images:,} images",
+        "title": f"embedded scenes, world {world}: stage 1 with {settings.stage1_steps} steps and stage 2 with "
+        f"{settings.stage2_steps}, each of {settings.global_batch_size} samples, {settings.num_train_images:,} images",
         "stages": [
             {"name": "stage1", "flags": _stage1_flags(settings)},
             {"name": "stage2", "flags": _stage2_flags(settings)},

@@ -46,8 +46,11 @@ create_environment() {
     if [ -d "$venv" ] && [ -n "$(ls -A "$venv")" ] && [ ! -f "$venv/made_by_llava_saep" ]; then
         fail "$venv exists and was not made by this script. Remove it, or name another folder with LLAVA_SAEP_VENV."
     fi
-    "$python" -m venv --clear "$venv" || fail "$python -m venv failed; on Debian and Ubuntu: apt install python3-venv"
+    # The marker first: what a kill leaves half made is ours too.
+    mkdir -p "$venv"
+    find "$venv" -mindepth 1 -maxdepth 1 ! -name made_by_llava_saep -exec rm -rf {} +
     pwd >"$venv/made_by_llava_saep"
+    "$python" -m venv "$venv" || fail "$python -m venv failed; on Debian and Ubuntu: apt install python3-venv"
 
     if torch_here=$(installed_torch "$python"); then
         torch_version=${torch_here%% *} torch_folder=${torch_here#* }
@@ -96,7 +99,8 @@ install_packages() {
 # Activates the environment; makes or updates it first when that is needed. Arguments: the extras that must be there.
 use_environment() {
     local venv=${LLAVA_SAEP_VENV:-.venv} python extras
-    if [ "$(cat "$venv/made_by_llava_saep" 2>/dev/null)" != "$(pwd)" ]; then
+    # `activate` is the last thing that venv writes.
+    if [ "$(cat "$venv/made_by_llava_saep" 2>/dev/null)" != "$(pwd)" ] || [ ! -f "$venv/bin/activate" ]; then
         python=$(find_python) || true
         [ -n "$python" ] || fail "Python 3.11 or newer with its venv module is needed; found $(python3 --version 2>&1 || echo none). \
 Install it (Debian and Ubuntu: apt install python3.11 python3.11-venv), or name one with LLAVA_SAEP_PYTHON."

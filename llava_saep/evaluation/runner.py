@@ -42,7 +42,7 @@ _NO_MEMORY = ("can't allocate memory", "out of memory")
 _SECONDS_BETWEEN_LINES = 30
 _WHERE_IMAGES_ARE = (
     "--image-folder names the folder that the paths in a question file are relative to, --data-dir the one with the "
-    "folders of the benchmarks; llava-saep eval --on_bad_image exclude leaves such questions out."
+    "folders of the benchmarks; llava-saep eval --on-bad-image exclude leaves such questions out."
 )
 """Where no terminal redraws the progress bar."""
 
@@ -107,7 +107,7 @@ def check_images(questions: Iterable[TaskQuestion], *, advice: str = _WHERE_IMAG
     """Raise UserError, with their number, the first one and advice, when images of questions are missing."""
     missing = absent_images(questions)
     if missing:
-        raise UserError(f"{len(missing)} images of the question file are missing, the first one {missing[0]}. {advice}")
+        raise UserError(f"{len(missing)} images of the questions are missing, the first one {missing[0]}. {advice}")
 
 
 def answer_questions(

@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
 def _add_training_flags(group) -> None:
     group.add_argument("--projectors", help="as in saep,saep(stride=1),mlp2x_gelu: names, options in brackets")
     group.add_argument("--seeds", type=int, help=f"runs of each projector, seeds 0 to N-1 (default {DEFAULT_SEEDS})")
+    group.add_argument("--seed", help=argparse.SUPPRESS)  # else an abbreviation of --seeds, and it means another thing
     group.add_argument("--budget", help=f"quick, standard, full, or stage 2's number of steps ({DEFAULT_BUDGET})")
     group.add_argument("--world", choices=("cells", "free"), help=f"of the embedded scenes (default: {DEFAULT_WORLD})")
     group.add_argument("--recipe", metavar="FILE", help="train this in place of the embedded job (JSON)")
@@ -68,6 +69,8 @@ def check_flags(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: with the flags as they were given.
     """
+    if arguments.seed is not None:
+        raise UserError("--seed: a comparison takes a number of seeds, --seeds N, and runs the seeds 0 to N-1")
     if bool(arguments.projectors) == bool(arguments.model_path):
         raise UserError("name either --projectors NAMES, which are trained, or --model-path FOLDERS, which are not")
     if arguments.model_path:

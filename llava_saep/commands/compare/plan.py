@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llava_saep.arguments import parse_arguments
 from llava_saep.commands.compare.flags import DEFAULT_BUDGET, DEFAULT_SEEDS, DEFAULT_WORLD
 from llava_saep.commands.evaluate.flags import DEFAULT_BATCH_SIZE
 from llava_saep.errors import UserError
@@ -25,6 +26,9 @@ from llava_saep.evaluation.questions import (
     read_questions,
 )
 from llava_saep.evaluation.tasks import TaskQuestion
+from projectors import select_projector
+
+_FLAGS_OF_FILES = ("data_path", "image_folder", "eval_data_path", "eval_image_folder")
 
 ROOT = Path(__file__).parents[3]
 EMBEDDED = ROOT / "playground" / "comparison.py"
@@ -80,8 +84,10 @@ def _plan_training(arguments: argparse.Namespace) -> Comparison:
     asked = _as_asked(questions, recipe.image_folder)
     check_images(asked, advice=f"The recipe's image_folder is {recipe.image_folder}")
     seeds = range(arguments.seeds or DEFAULT_SEEDS)
+    runs = training_runs(choices, seeds, recipe, folder.absolute(), placement)
+    _check_stages(recipe, runs[: len(choices)])
     return Comparison(
-        runs=tuple(training_runs(choices, seeds, recipe, folder.absolute(), placement)),
+        runs=tuple(runs),
         recipe=recipe,
         questions=asked,
         plan={
@@ -255,6 +261,28 @@ def _check_placeable(choices: Sequence[Choice], recipe: Recipe) -> None:
                 projector=selected(choice, recipe.projector_options),
                 image_token_id=0,
             )
+
+
+def _check_stages(recipe: Recipe, runs: Sequence[Run]) -> None:
+    """Raise UserError or ProjectorError for a stage that would fail for its flags, hours after the first one began."""
+    for name in recipe.projector_options:
+        select_projector(name, trust_projector_code=True)
+    for stage in recipe.stages:
+        for flag in _FLAGS_OF_FILES:
+            value = str(stage.flags.get(flag, ""))
+            if value and "," not in value and "{previous}" not in value and not Path(value).exists():
+                raise UserError(f"recipe, stage {stage.name}: --{flag} {value}: no such file or folder")
+    if any("{previous}" in str(value) for value in recipe.stages[0].flags.values()):
+        raise UserError(
+            f"recipe, stage {recipe.stages[0].name}: {{previous}} is the stage before, and this is the first"
+        )
+    for run in runs:
+        for step in run.steps:
+            if "flags" in step.arguments:
+                try:
+                    parse_arguments(step.arguments["flags"])
+                except UserError as error:
+                    raise UserError(f"recipe, stage {step.name}: {error}") from error
 
 
 def _placement(arguments: argparse.Namespace) -> Placement:

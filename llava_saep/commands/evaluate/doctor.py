@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         print("\n".join(map(format_finding, findings)))
         ready = [selected.label for selected in tasks if selected.label not in missing]
-        print(f"\nready: {', '.join(ready) or 'none'}\nsomething is missing: {', '.join(sorted(missing)) or 'nowhere'}")
+        print(f"\nready: {', '.join(ready) or 'none'}\nsomething is missing: {', '.join(sorted(missing)) or 'none'}")
     return 1 if missing else 0
 
 

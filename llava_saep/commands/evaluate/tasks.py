@@ -82,7 +82,9 @@ def score_answers(arguments: argparse.Namespace) -> int:
     entry = score_answer_file(tasks[0], read_answers(path), path, settings)
     print(terminal_report({entry["label"]: entry}))
     if arguments.output_dir:
-        write_result(benchmark_folder(settings, tasks[0]), entry)
+        folder = benchmark_folder(settings, tasks[0])
+        write_result(folder, entry)
+        print(f"\nresult: {folder}")
     return NOT_SCORED_EXIT_CODE if unscored({tasks[0].label: entry}, tasks) else 0
 
 

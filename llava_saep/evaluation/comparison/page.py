@@ -43,8 +43,8 @@ h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2.
 h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; } p { max-width: 52rem; margin: .4rem 0; } .soft { color: var(--soft); }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .86rem; }
 th, td { padding: .32rem .6rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }
-th, td { white-space: nowrap; } svg.chart { min-width: 44rem; }
-th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { text-align: left; }
+td { white-space: nowrap; } svg.chart { min-width: 44rem; } th:first-child, td:first-child { text-align: left; }
+th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 tbody tr:nth-child(odd) { background: var(--band); } .interval { display: block; color: var(--soft); font-size: .78rem;
   white-space: nowrap; }
 svg { max-width: 100%; height: auto; font: 12px system-ui, sans-serif; } svg text { fill: var(--soft); }
@@ -60,7 +60,8 @@ svg text.label { fill: var(--ink); } .grid { stroke: var(--line); stroke-width: 
 .card ul { list-style: none; margin: .3rem 0 0; padding: 0; font-size: .86rem; } .card p { margin: 0; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; background: var(--band); padding: .7rem; }
 @media print { body { font-size: 9pt; padding: 0; } .wide { overflow: visible; } table { font-size: 6.5pt; }
-  th, td { white-space: normal; padding: .15rem .25rem; } .interval { font-size: 6pt; } svg.chart { min-width: 0; }
+  td { white-space: normal; } th, td { padding: .15rem .25rem; } .interval { font-size: 6pt; }
+  svg.chart { min-width: 0; }
   figure, tr, .card, svg { break-inside: avoid; }
   details::details-content { content-visibility: visible; height: auto; } }
 """
@@ -165,7 +166,7 @@ def _tokens(results: Results) -> str:
         return ""
     return (
         f"<h2>Accuracy against tokens</h2><figure class=wide>{charts.accuracy_against_tokens(points)}</figure>"
-        f"<p class=soft>{escape(name)}; bars: the 95 % intervals of the first table. Where "
+        f"<p class=soft>Shown is {escape(name)}; bars: the 95 % intervals of the first table. Where "
         "several have equally many tokens they stand beside each other.</p>"
     )
 
@@ -173,7 +174,9 @@ def _tokens(results: Results) -> str:
 def _headline(results: Results) -> tuple[str, dict[str, Interval]]:
     """What stands for an entry in one number: overall accuracy, or the first benchmark's first share."""
     if not results.asks_benchmarks:
-        return OVERALL, {entry.label: entry.accuracy[OVERALL] for entry in results.entries if entry.accuracy}
+        return f"{OVERALL} accuracy", {
+            entry.label: entry.accuracy[OVERALL] for entry in results.entries if entry.accuracy
+        }
     shares = [row for row in results.benchmarks if row.is_share]
     if not shares:
         return "", {}

@@ -69,14 +69,11 @@ def read_recipe(path: Path) -> tuple[Recipe, dict[str, Any]]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--recipe {path}: cannot be read as JSON ({error})") from error
-    known = {field.name for field in fields(Recipe)}
-    if not isinstance(content, dict) or not {"stages", "question_file"} <= set(content) <= known:
-        raise UserError(
-            f"--recipe {path}: expected a JSON object with stages and question_file, and besides them only "
-            f"{', '.join(sorted(known - {'stages', 'question_file'}))}"
-        )
+    except OSError as error:
+        raise UserError(f"--recipe {path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"--recipe {path}: is no JSON ({error})") from error
+    _check_keys(content, path)
     placed = _with_paths(content, path.parent.absolute())
     question_file = Path(placed["question_file"])
     recipe = Recipe(
@@ -90,6 +87,22 @@ def read_recipe(path: Path) -> tuple[Recipe, dict[str, Any]]:
     )
     _check(recipe, path)
     return recipe, content
+
+
+def _check_keys(content: Any, path: Path) -> None:
+    needed, known = {"stages", "question_file"}, {field.name for field in fields(Recipe)}
+    if not isinstance(content, dict):
+        found = f"got a JSON {type(content).__name__}"
+    elif needed - set(content):
+        found = f"{' and '.join(sorted(needed - set(content)))} missing"
+    elif set(content) - known:
+        found = f"got {', '.join(sorted(set(content) - known))}"
+    else:
+        return
+    raise UserError(
+        f"--recipe {path}: {found}; expected a JSON object with stages and question_file, and besides them only "
+        f"{', '.join(sorted(known - needed))}"
+    )
 
 
 def _with_paths(value: Any, folder: Path) -> Any:

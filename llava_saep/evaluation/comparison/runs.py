@@ -317,7 +317,7 @@ class Runner:
                         future.result()
                     num_done = num_pending - len(open_futures)
                     left = (time.monotonic() - began) / num_done * len(open_futures)
-                    self._say(f"{num_done} of {num_pending} runs done; about {describe_minutes(left)} left")
+                    self._say(f"{num_done} of {num_pending} runs have ended; about {describe_minutes(left)} left")
             except BaseException:
                 self._end(pool)
                 raise

@@ -10,6 +10,7 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import threading
@@ -78,6 +79,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def run_in_child(step: Step, folder: Path, placement: Placement) -> None:
     """In a process of its own: do a step and write its record, or why there is none, and end the process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the comparison, which Ctrl-C reaches too, ends its steps
     _end_with_parent()
     _take_place(placement)
     _redirect_output(folder / LOG_FILE)

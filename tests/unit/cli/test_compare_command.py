@@ -4,7 +4,10 @@ import importlib
 import json
 import logging
 import multiprocessing
+import re
 import shutil
+import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +18,7 @@ from llava_saep.commands.compare import forget_changed_models, measure_speeds, p
 from llava_saep.commands.compare.flags import parser
 from llava_saep.errors import UserError
 from llava_saep.evaluation.asking import fingerprint_with_base
-from llava_saep.evaluation.comparison import quiet, runs, steps
+from llava_saep.evaluation.comparison import runs, steps
 from llava_saep.evaluation.comparison.recipe import read_recipe
 from llava_saep.evaluation.comparison.steps import Placement, Step
 from llava_saep.evaluation.questions import Question, as_task_question
@@ -34,11 +37,12 @@ from tests.fixtures.tiny import write_bases, write_image
         ("--projectors saep --model-path a", "name either --projectors"),
         ("--projectors saep,sape", "Did you mean 'saep'"),
         ("--projectors saep --seeds 0", "--seeds must be at least 1, got 0"),
+        ("--projectors saep --seed 1", "--seed: a comparison takes a number of seeds, --seeds N"),
         ("--projectors saep --jobs 0", "--jobs must be at least 1, got 0"),
         ("--projectors saep --reference mlp2x_gelu", "--reference mlp2x_gelu: not among what is compared: saep"),
         ("--projectors saep --question-file q.jsonl", "--question-file belongs to --model-path"),
         ("--projectors saep --recipe r.json --budget quick", "--budget belongs to the embedded job"),
-        ("--projectors saep --recipe r.json", "--recipe r.json: cannot be read as JSON"),
+        ("--projectors saep --recipe r.json", "--recipe r.json: cannot be read (No such file or directory)"),
         ("--model-path a --budget quick", "--budget says how to train"),
         ("--model-path a --task pope --question-file q", "--model-path needs either"),
         ("--model-path a --task pop", "Did you mean 'pope'"),
@@ -93,7 +97,7 @@ def write_own_recipe(folder):
         ({"question_file": "{recipe}/none.jsonl"}, "none.jsonl: no such file"),
         ({"image_folder": "{recipe}/none"}, "none: no such folder"),
         ({"chance_file": "{recipe}/none"}, "chance_file .*none: no such file"),
-        ({"question": 1}, "expected a JSON object with stages and question_file"),
+        ({"question": 1}, "got question; expected a JSON object with stages and question_file"),
     ],
 )
 def test_mistakes_in_a_recipe_are_named(tmp_path, change, message):
@@ -101,6 +105,31 @@ def test_mistakes_in_a_recipe_are_named(tmp_path, change, message):
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(UserError, match=message):
         read_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"projector_options": {"sapp": "stride=2"}}, "Did you mean 'saep'"),
+        (
+            {"stages": [{"name": "a", "flags": {"data_path": "nothere.json"}}]},
+            "stage a: --data_path nothere.json",
+        ),
+        (
+            {"stages": [{"name": "a", "flags": {"data_path": "{previous}/x"}}]},
+            "{previous} is the stage before",
+        ),
+        ({"stages": [{"name": "a", "flags": {"max_steps": "few"}}]}, "stage a: argument --max_steps"),
+        ({"stages": [{"name": "a", "flags": {"learnig_rate": 1}}]}, "stage a: .*learnig_rate"),
+    ],
+)
+def test_stages_that_would_fail_are_told_before_the_first_begins(tmp_path, capsys, monkeypatch, change, message):
+    path = write_own_recipe(tmp_path) / "recipe.json"
+    monkeypatch.setattr(plan, "_check_placeable", lambda choices, recipe: None)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    command = ["compare", "--projectors", "saep", "--recipe", str(path), "--device", "cpu"]
+    assert main([*command, "--output-dir", str(tmp_path / "out")]) == 2
+    assert re.search(message, capsys.readouterr().err) and not (tmp_path / "out").exists()
 
 
 def test_null_in_a_recipe_is_the_default(tmp_path):
@@ -329,19 +358,26 @@ def test_plan_of_earlier_code_that_lacks_a_key_is_gone_on_from(tmp_path):
         runs.write_plan(tmp_path, {"kind": "training", "questions": "abd"})
 
 
-def test_processes_are_forked_from_a_server_that_is_quiet_first():
+def test_processes_are_forked_from_a_server_that_is_quiet_first(monkeypatch):
     """bitsandbytes, which comes with peft, recommends a kernel on some processors when it is imported."""
-    assert runs._PRELOADED[0] == quiet.__name__
+    name = runs._PRELOADED[0]
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     logger.setLevel(logging.NOTSET)
-    importlib.reload(quiet)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        importlib.import_module(name)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # Ctrl-C while it imports is no traceback
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not logger.isEnabledFor(logging.WARNING)
 
 
 def test_reworded_question_is_another_comparison(tmp_path, monkeypatch, capsys):
     """Answers that are there belong to the old words."""
     own = write_own_recipe(tmp_path)
-    monkeypatch.setattr(plan, "_check_placeable", lambda choices, recipe: None)
+    for check in ("_check_placeable", "_check_stages"):
+        monkeypatch.setattr(plan, check, lambda *arguments: None)
     command = ["compare", "--projectors", "saep", "--recipe", str(own / "recipe.json"), "--device", "cpu"]
     with runs.claimed(tmp_path / "out"):
         made = plan.plan_comparison(parser().parse_args([*command[1:], "--output-dir", str(tmp_path / "out")]))

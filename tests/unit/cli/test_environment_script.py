@@ -114,3 +114,17 @@ def test_constraints_pin_every_requirement_and_neither_torchvision_nor_a_cuda_bu
     names = {line.split("==")[0].lower() for line in pins}
     assert {"torch", "transformers", "deepspeed", "peft", "accelerate", "pytest", "setuptools"} <= names
     assert not any(name.startswith(("nvidia", "torchvision", "cuda")) for name in names)
+
+
+def test_environment_whose_making_was_killed_is_made_anew(tmp_path):
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "half_made").write_text("")
+    (venv / "made_by_llava_saep").write_text(f"{ROOT}\n")
+    steps = 'install_packages() { :; }; find_python() { echo "fake"; }; installed_torch() { return 1; }'
+    made = 'mkdir -p "$3/bin"; echo "echo activated" >"$3/bin/activate"'
+    fake = f'fake() {{ if [ "$1" = --version ]; then echo 3; else {made}; fi; }}'
+    result = bash(f"{steps}; {fake}; use_environment test", LLAVA_SAEP_VENV=str(venv))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.endswith("activated\n") and not (venv / "half_made").exists()
+    assert (venv / "made_by_llava_saep").read_text() == f"{ROOT}\n"

@@ -127,7 +127,7 @@ def test_questions_without_answers_are_answered_and_not_scored(folders, capsys):
     [
         (["--model_path", "absent"], "absent: no such folder"),
         (["--question_file", "absent.jsonl"], "absent.jsonl: no such file"),
-        (["--image_folder", "absent"], "4 images of the question file are missing"),
+        (["--image_folder", "absent"], "4 images of the questions are missing"),
         (["--batch_size", "0"], "--batch-size must be at least 1"),
     ],
 )

@@ -281,7 +281,7 @@ def test_missing_files_are_said_before_the_model_is_loaded(data_dir, capsys):
 def test_missing_images_are_an_error_unless_they_are_to_be_left_out(data_dir, capsys):
     (data_dir / "pope" / "val2014" / "COCO_val2014_000000000001.jpg").unlink()
     flags = ["--model-path", TINY_MODEL, "--device", "cpu", "--data-dir", data_dir, "--task", "pope"]
-    assert "1 images of the question file are missing" in mistake(capsys, *flags, "--output-dir", data_dir.parent / "o")
+    assert "1 images of the questions are missing" in mistake(capsys, *flags, "--output-dir", data_dir.parent / "o")
     assert not (data_dir.parent / "o").exists()
     entry = run(data_dir, "--on-bad-image", "exclude", task="pope")["pope"]
     assert [each["question_id"] for each in entry["excluded_questions"]] == [3, 4, 5]

@@ -435,7 +435,7 @@ def test_missing_images_are_found_before_the_model_is_asked(tmp_path):
     questions = [
         as_task_question(Question(question_id=index, text="?", image=f"{index}.png"), tmp_path) for index in range(5)
     ]
-    with pytest.raises(UserError, match=r"4 images of the question file are missing, the first one .*1\.png"):
+    with pytest.raises(UserError, match=r"4 images of the questions are missing, the first one .*1\.png"):
         check_images(questions)
 
 
