@@ -86,3 +86,20 @@ def test_a_killed_comparison_goes_on_where_it_was(tmp_path):
     assert [len(entry["runs"]) for entry in numbers["entries"]] == [2, 2]
     other = subprocess.run([*command, "--world", "cells"], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert other.returncode == 2 and "another budget, world or recipe" in other.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_ctrl_c_ends_a_comparison_without_traces(tmp_path):
+    """While the server that its processes are forked from imports, which takes seconds, and Ctrl-C reaches it too."""
+    command = compare(tmp_path / "out", "saep,avg_pool")
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "out" / "comparison.json").is_file() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1.0)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in output and "Traceback" not in output, output

@@ -6,12 +6,14 @@ import json
 import logging
 import multiprocessing
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import cache
+from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -279,6 +281,20 @@ def _context(device: str) -> BaseContext:
     return context
 
 
+def _start_server(context: BaseContext) -> None:
+    """Have the server that steps are forked from running, if there is one. Ctrl-C is the comparison's alone to see.
+
+    What a process ignores, those ignore that it starts; and a server that is importing would answer with its trace.
+    """
+    if context.get_start_method() != "forkserver" or threading.current_thread() is not threading.main_thread():
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class Interrupted(RuntimeError):
     """A step was ended because the comparison is."""
 
@@ -304,6 +320,7 @@ class Runner:
         Raises:
             KeyboardInterrupt: after every step's process has ended.
         """
+        _start_server(_context(self._placement.device))
         began, pending = time.monotonic(), [run for run in runs if run.open_steps]
         if len(pending) < len(runs):
             self._say(f"{len(runs) - len(pending)} of {len(runs)} runs are there already")
