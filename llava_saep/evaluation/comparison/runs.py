@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import cache
-from multiprocessing import forkserver
+from multiprocessing import connection, forkserver
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -371,8 +371,11 @@ class Runner:
             )
             process.start()
             self._processes.add(process)
-        process.join()
+        connection.wait([process.sentinel])
         with self._lock:
+            # Where one thread asks how a process ended while another starts one, which asks it too, one of them reads
+            # nothing and takes it for code 255.
+            process.join()
             self._processes.discard(process)
             if self._is_ending:
                 raise Interrupted
