@@ -37,6 +37,8 @@ _OWNER_PATTERN = re.compile(r"(?:zero_pp_rank_|rng_state_)(\d+)")
 _MAX_HASHING_THREADS = 8
 _WRITE_FAILURE_PATTERN = re.compile(r"inline_container|iostream error|I/O error|os error \d+")
 """How torch, safetensors and tokenizers report a disk that takes no more, beside OSError."""
+_GONE_PATTERN = re.compile(r"No such file or directory|Parent directory .* does not exist")
+"""How they, and OSError, report that the folder they write to has disappeared."""
 
 
 class SavingError(UserError):
@@ -313,13 +315,14 @@ def _check_same_parameters(folder: Path, found: CheckpointFacts, current: Checkp
 # Disks that take no more
 
 
-def _is_write_failure(error: BaseException | None) -> bool:
-    """Whether an exception, or what led to it, says that a file could not be written."""
+def _find_write_failure(error: BaseException | None) -> BaseException | None:
+    """The exception, among this one and what led to it, that says that a file could not be written; None: none does."""
     while error is not None:
-        if isinstance(error, OSError) or _WRITE_FAILURE_PATTERN.search(str(error)):
-            return True
+        shown = str(error)
+        if isinstance(error, OSError) or _WRITE_FAILURE_PATTERN.search(shown) or _GONE_PATTERN.search(shown):
+            return error
         error = error.__context__
-    return False
+    return None
 
 
 def _free_space(folder: Path) -> str:
@@ -334,17 +337,26 @@ def _free_space(folder: Path) -> str:
 def removing_what_fails(folder: Path) -> Iterator[None]:
     """Delete a folder that cannot be written to its end, so that it does not fill the disk, and say why.
 
+    Ranks write into one folder and fail alone: one that still writes there finds it gone, and says that instead.
+
     Raises:
-        SavingError: a file in the folder could not be written, with the free space.
+        SavingError: a file in the folder could not be written, with the free space, or the folder has disappeared.
     """
     try:
         yield
     except Exception as error:
-        if not _is_write_failure(error):
+        failure = _find_write_failure(error)
+        if failure is None:
             raise
         shown = str(error).strip() or type(error).__name__
         space = _free_space(folder)
         shutil.rmtree(folder, ignore_errors=True)
+        if _GONE_PATTERN.search(str(failure)):
+            raise SavingError(
+                f"{folder} disappeared while it was being saved ({shown}): another rank could not write there and "
+                "removed it, as its own message says, or another program did. What was complete before is untouched; "
+                "give the same command again to go on"
+            ) from error
         raise SavingError(
             f"{folder} could not be written ({shown}); {space}. It was removed, what was complete before is untouched. "
             "Make room, or keep fewer checkpoints (--save_total_limit), and give the same command again to go on"

@@ -80,17 +80,32 @@ def test_rank_killed_while_saving_leaves_no_checkpoint_to_be_resumed_from(undist
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-4"]
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_full_disk_ends_all_ranks_and_leaves_what_was_complete(rank, undisturbed, tmp_path):
+@pytest.mark.parametrize(
+    ("rank", "others_wait"),
+    [(0, False), pytest.param(1, False, marks=pytest.mark.slow), pytest.param(1, True, marks=pytest.mark.slow)],
+)
+def test_full_disk_ends_all_ranks_and_leaves_what_was_complete(rank, others_wait, undisturbed, tmp_path):
     argv = replaced(undisturbed[1], output_dir=tmp_path)
+    folder = tmp_path / "checkpoint-4"
     results = run_ranks(
-        train_until_disk_is_full, argv, 4, rank, 4096, world_size=2, output_dir=tmp_path / "full", timeout_seconds=60
+        train_until_disk_is_full,
+        argv,
+        4,
+        rank,
+        4096,
+        others_wait,
+        world_size=2,
+        output_dir=tmp_path / "full",
+        timeout_seconds=60,
     )
     assert 0 not in [result.exit_code for result in results]
     assert results[rank].exit_code == 2
-    assert f"error: rank {rank}: {tmp_path / 'checkpoint-4'} could not be written" in results[rank].output
+    assert f"error: rank {rank}: {folder} could not be written" in results[rank].output
     assert "MiB are free" in results[rank].output
-    assert "could not be written" not in results[1 - rank].output
+    other = results[1 - rank].output
+    assert "could not be written" not in other
+    if others_wait:
+        assert f"error: rank {1 - rank}: {folder} disappeared while it was being saved" in other
     assert why_incomplete(tmp_path / "checkpoint-2") is None
     check_going_on(undisturbed, tmp_path)
 

@@ -2,8 +2,13 @@
 
 import dataclasses
 import logging
+import shutil
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from llava_saep.errors import UserError
 from llava_saep.train.checkpointing import (
@@ -317,6 +322,39 @@ def test_what_could_not_be_written_is_removed_and_told_with_the_free_space(tmp_p
     with pytest.raises(SavingError, match=rf"{folder}.*MiB of .* MiB are free.*same command again"):
         with removing_what_fails(folder):
             raise error
+    assert not folder.exists()
+
+
+def _write_bytes(path):
+    path.write_bytes(b"rest")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        pytest.param(_write_bytes, id="python"),
+        pytest.param(lambda path: torch.save({}, path), id="torch"),
+        pytest.param(lambda path: save_file({"weight": torch.zeros(1)}, path), id="safetensors"),
+        pytest.param(lambda path: Tokenizer(WordLevel()).save(str(path)), id="tokenizers"),
+    ],
+)
+def test_rank_whose_folder_another_one_removed_does_not_speak_of_a_full_disk(tmp_path, write):
+    folder = make_checkpoint(tmp_path, 4, finished=False)
+    with pytest.raises(SavingError, match=rf"{folder} disappeared.*another rank could not write there") as caught:
+        with removing_what_fails(folder):
+            shutil.rmtree(folder)
+            write(folder / "rest")
+    assert "could not be written" not in str(caught.value)
+    assert "MiB are free" not in str(caught.value)
+
+
+def test_rank_that_writes_on_where_another_one_removed_leaves_nothing(tmp_path):
+    """DeepSpeed makes its folders anew when it finds none."""
+    folder = make_checkpoint(tmp_path, 4, finished=False)
+    with pytest.raises(SavingError, match="disappeared"), removing_what_fails(folder):
+        shutil.rmtree(folder)
+        (folder / "global_step4").mkdir(parents=True)
+        (folder / "latest.d" / "file").write_bytes(b"")
     assert not folder.exists()
 
 
