@@ -22,6 +22,9 @@ from llava_saep.evaluation.tasks._base import ImageSource
 
 if TYPE_CHECKING:
     from llava_saep.generation import GenerationOptions, Predictor
+    from llava_saep.model.hf_format import HfFolder
+    from llava_saep.model.llava_format import LlavaFolder
+    from llava_saep.model.loading import SavedFolder
     from llava_saep.model.quantization import QuantizationConfig
 
 logger = logging.getLogger(__name__)
@@ -70,7 +73,7 @@ class AskedModel:
             template=choice.template,
             quantization=choice.quantization,
         )
-        fingerprint = ranks.from_rank_zero(lambda: fingerprint_with_base(choice.path, choice.base))
+        fingerprint = ranks.from_rank_zero(lambda: fingerprint_with_parts(choice.path, choice.base))
         return cls(choice=choice, predictor=predictor, fingerprint=fingerprint)
 
     def answer_options(self, limit: int | None, default: int, description: str) -> GenerationOptions:
@@ -239,12 +242,38 @@ def local_base(folder: Path, given: str | None) -> Path | None:
     """
     from llava_saep.model.loading import inspect_folder
 
-    saved = inspect_folder(folder, model_base=given)
+    return _local_base(inspect_folder(folder, model_base=given))
+
+
+def _local_base(saved: SavedFolder | LlavaFolder | HfFolder) -> Path | None:
     named = None if saved.kind == "full" else saved.config.language_model_name_or_path
     return Path(named) if named and Path(named).is_dir() else None
 
 
-def fingerprint_with_base(folder: Path, given: str | None = None) -> str:
-    """Of a saved model, and of the language model here that a projector or adapter belongs to; as `local_base`."""
-    own, base = model_fingerprint(folder), local_base(folder, given)
-    return own if base is None else f"{own}+{model_fingerprint(base)}"
+def _local_towers(saved: SavedFolder | LlavaFolder | HfFolder) -> list[Path]:
+    """Folders here of vision towers whose weights a saved folder leaves out, as LLaVA's own whole models do."""
+    from llava_saep.model.combined_towers import split_tower_names
+    from llava_saep.model.llava_format import LlavaFolder
+
+    named = saved.config.vision_tower_name_or_path
+    if named is None or (saved.kind == "full" and not isinstance(saved, LlavaFolder)):
+        return []
+    return [path for path in map(Path, split_tower_names(named)) if path.is_dir()]
+
+
+def fingerprint_with_parts(folder: Path, given: str | None = None) -> str:
+    """Of a saved model, and of the language model and vision towers here that it is completed from.
+
+    Parts that are fetched from the hub are taken for what their names say.
+
+    Args:
+        given: what the user names as the base.
+    Raises:
+        UserError, ProjectorError: as `inspect_folder`.
+    """
+    from llava_saep.model.loading import inspect_folder
+
+    saved = inspect_folder(folder, model_base=given)
+    base = _local_base(saved)
+    parts = [folder, *([] if base is None else [base]), *_local_towers(saved)]
+    return "+".join(map(model_fingerprint, parts))

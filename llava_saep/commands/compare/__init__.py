@@ -46,13 +46,13 @@ def forget_changed_models(comparison: Comparison) -> None:
     Where another judge is named than the one that rated, or the first one, the questions count as open too: the answers
     are there, and are rated.
     """
-    from llava_saep.evaluation.asking import fingerprint_with_base
+    from llava_saep.evaluation.asking import fingerprint_with_parts
 
     judge = describe_judge(comparison.judge)
     for run in comparison.runs:
         if run.seed is not None:
             continue
-        fingerprint = fingerprint_with_base(run.model_path)
+        fingerprint = fingerprint_with_parts(run.model_path)
         for name in ("evaluation", "speed"):
             path = record_path(run.folder, name)
             record = read_json(path)

@@ -202,7 +202,7 @@ def evaluate(
     device: str,
 ) -> dict[str, Any]:
     """Answer the questions with the images and without them, as `llava-saep eval --blind` does."""
-    from llava_saep.evaluation.asking import fingerprint_with_base
+    from llava_saep.evaluation.asking import fingerprint_with_parts
     from llava_saep.evaluation.evaluate import evaluate_model
     from llava_saep.evaluation.questions import read_questions
 
@@ -217,7 +217,7 @@ def evaluate(
         device=_visible(device),
         trust_projector_code=trust_projector_code,
     )
-    fingerprint = fingerprint_with_base(model_path)
+    fingerprint = fingerprint_with_parts(model_path)
     return {"model_fingerprint": fingerprint, **_peak_of_answering(output_dir, fingerprint, device)}
 
 
@@ -320,7 +320,7 @@ def measure_speed(
     Raises:
         UserError: none of the images will open.
     """
-    from llava_saep.evaluation.asking import fingerprint_with_base
+    from llava_saep.evaluation.asking import fingerprint_with_parts
     from llava_saep.generation import Predictor
     from llava_saep.train.trainable import count_parameters
 
@@ -334,7 +334,7 @@ def measure_speed(
     measured = sorted([_first_token_seconds(predictor, question) for question in asked][num_warmup:])
     counts = {count.part: count.num_parameters for count in count_parameters(predictor.model)}
     return {
-        "model_fingerprint": fingerprint_with_base(model_path),
+        "model_fingerprint": fingerprint_with_parts(model_path),
         "first_token_seconds": statistics.median(measured),
         "first_token_quartiles": [measured[len(measured) // 4], measured[(3 * len(measured)) // 4]],
         "num_repeats": num_repeats,

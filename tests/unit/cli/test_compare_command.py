@@ -16,7 +16,7 @@ from llava_saep.cli import main
 from llava_saep.commands.compare import forget_changed_models, measure_speeds, plan
 from llava_saep.commands.compare.flags import parser
 from llava_saep.errors import UserError
-from llava_saep.evaluation.asking import fingerprint_with_base
+from llava_saep.evaluation.asking import fingerprint_with_parts
 from llava_saep.evaluation.comparison import runs, steps
 from llava_saep.evaluation.comparison.recipe import read_recipe
 from llava_saep.evaluation.comparison.steps import Placement, Step
@@ -331,7 +331,7 @@ def test_speed_and_answers_of_another_model_under_the_same_name_are_forgotten(mo
         made = plan.plan_comparison(parser().parse_args(command))
         (run,) = made.runs
         run.folder.mkdir(parents=True)
-        facts = {"model_fingerprint": fingerprint_with_base(run.model_path)}
+        facts = {"model_fingerprint": fingerprint_with_parts(run.model_path)}
         for name in ("evaluation", "speed"):
             (run.folder / f"{name}.json").write_text(json.dumps(facts))
         forget_changed_models(made)

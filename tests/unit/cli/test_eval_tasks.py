@@ -9,6 +9,7 @@ import pytest
 from llava_saep.cli import main
 from llava_saep.commands.evaluate.flags import parser
 from llava_saep.commands.evaluate.model import chosen_output_dir, idle_gpus_hint
+from llava_saep.evaluation.asking import fingerprint_with_parts
 from llava_saep.evaluation.results import SCHEMA
 from llava_saep.evaluation.tasks import JudgedTask, find_task, select_tasks, task_names
 from projectors import ProjectorError
@@ -80,7 +81,8 @@ def test_every_result_says_what_made_it(data_dir):
     )
     assert entry["decoding"].items() >= {"max_new_tokens": 4, "temperature": 0.0, "num_beams": 1}.items()
     assert entry["preprocessing"]["aspect_ratio"] in ("square", "pad") and entry["preprocessing"]["size"]
-    assert len(entry["model"]["fingerprint"]) == 16 and entry["model"]["dtype"] == "float32"
+    assert entry["model"]["fingerprint"] == fingerprint_with_parts(TINY_MODEL)
+    assert entry["model"]["dtype"] == "float32"
     assert entry["model"]["projector"]["name"] == "mlp" and entry["model"]["tokens_per_image"] > 0
     assert set(entry["data"]["files"]) == {"llava_pope_test.jsonl"} | {
         f"coco/coco_pope_{name}.json" for name in ("adversarial", "popular", "random")

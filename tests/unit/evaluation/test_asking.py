@@ -1,8 +1,15 @@
 """A loaded model as the runner asks it: lengths, the answers of single questions, and what describes it."""
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from llava_saep.evaluation.asking import AskedModel, ModelChoice, local_base, prompt_lengths_of
+from llava_saep.evaluation.asking import (
+    AskedModel,
+    ModelChoice,
+    fingerprint_with_parts,
+    local_base,
+    prompt_lengths_of,
+)
 from llava_saep.evaluation.fingerprints import model_fingerprint
 from llava_saep.evaluation.runner import answer_questions
 from llava_saep.evaluation.tasks import EmbeddedImage, TaskQuestion, find_task
@@ -99,7 +106,9 @@ def test_adapter_is_evaluated_with_its_base(questions, tmp_path):
         fingerprint=model.answers_fingerprint(OPTIONS),
     )
     assert len(answers.texts) == 2
-    assert model.fingerprint.count("+") == 1  # the base's weights have a say
+    # The base's weights have a say, and those of the tower, which LLaVA keeps apart.
+    tower = TINY_MODEL.parent / "clip_tiny"
+    assert model.fingerprint == "+".join(map(model_fingerprint, (TINY_ADAPTER, TINY_MODEL, tower)))
     assert model.describe()["base"] == str(TINY_MODEL)
 
 
@@ -131,6 +140,28 @@ def test_base_that_is_trained_again_in_its_place_makes_another_model(tmp_path):
     )
     (base / "trainer_state.json").write_text("{}")  # a file of a saved model is as good as its weights
     assert load(adapter).fingerprint != before
+
+
+@pytest.mark.parametrize("part", ["language_model", "vision_tower"])
+def test_part_that_is_trained_again_in_its_place_makes_another_model(tmp_path, part):
+    bases = write_bases(tmp_path / "bases")
+    stage1 = write_projector(tmp_path / "stage1", bases)
+    before = fingerprint_with_parts(stage1)
+    assert before.count("+") == 2
+    weights = getattr(bases, part) / "model.safetensors"
+    tensors = load_file(weights)
+    name = next(iter(tensors))
+    save_file({**tensors, name: tensors[name] + 1}, weights, metadata={"format": "pt"})
+    assert fingerprint_with_parts(stage1) != before
+
+
+def test_whole_model_is_told_by_its_own_files_alone(tmp_path):
+    """It remembers where its vision tower came from, which may be another one by now."""
+    bases = write_bases(tmp_path / "bases")
+    parts = {"language_model": str(bases.language_model), "vision_tower": str(bases.vision_tower)}
+    model = build_model(**parts, projector=select_projector("linear"), image_token_id=5)
+    model.save_pretrained(tmp_path / "whole")
+    assert fingerprint_with_parts(tmp_path / "whole") == model_fingerprint(tmp_path / "whole")
 
 
 def test_fingerprint_of_answers_follows_what_changes_them_and_nothing_else():
