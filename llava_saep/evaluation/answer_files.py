@@ -60,13 +60,25 @@ def claimed(path: Path) -> Iterator[None]:
     Raises:
         UserError: another evaluation holds it, or nothing can be written there.
     """
-    place = path.with_name(f".{path.name}.lock")
+    place = _place_of_lock(path)
     lock = _locked(path, place)
     try:
         yield
     finally:
         place.unlink(missing_ok=True)  # while it is still held: see `_is_at`
         lock.close()
+
+
+def refuse_claimed(paths: Iterable[Path]) -> None:
+    """Raise UserError where another evaluation writes an answer file, before a model is loaded in vain."""
+    for path in paths:
+        if _place_of_lock(path).is_file():
+            with claimed(path):
+                pass
+
+
+def _place_of_lock(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
 
 
 def _locked(path: Path, place: Path) -> TextIO:

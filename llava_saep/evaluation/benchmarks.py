@@ -73,6 +73,11 @@ def benchmark_folder(settings: BenchmarkSettings, selected: TaskSplit) -> Path:
     return settings.output_dir / f"{selected.label.replace(':', '_')}{limited}"
 
 
+def answer_file(settings: BenchmarkSettings, selected: TaskSplit) -> Path:
+    """Where a model's answers to one set of questions go."""
+    return benchmark_folder(settings, selected) / ANSWER_FILE
+
+
 def _label(settings: BenchmarkSettings, selected: TaskSplit) -> str:
     return selected.label if settings.limit is None else f"{selected.label} (first {settings.limit})"
 
@@ -166,7 +171,7 @@ def _evaluate(model: AskedModel, selected: TaskSplit, settings: BenchmarkSetting
     answers = answer_questions(
         questions,
         model.asking(options, batch_size=settings.batch_size, on_bad_image=settings.on_bad_image or "exclude"),
-        answers_path=benchmark_folder(settings, selected) / ANSWER_FILE,
+        answers_path=answer_file(settings, selected),
         model_id=model.choice.model_id,
         fingerprint=model.answers_fingerprint(options),
         description=selected.label,

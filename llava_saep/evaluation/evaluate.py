@@ -110,16 +110,21 @@ def evaluate_questions(
     options = model.answer_options(max_new_tokens, DEFAULT_MAX_NEW_TOKENS, "questions")
     ask = partial(model.asking, options, batch_size=batch_size, on_bad_image=on_bad_image or "exclude")
     answer = partial(answer_questions, asked, model_id=choice.model_id, fingerprint=model.answers_fingerprint(options))
-    seeing = answer(ask(), answers_path=output_dir / "answers.jsonl", description="with images")
+    path, *blind_paths = answer_files(output_dir, blind=blind)
+    seeing = answer(ask(), answers_path=path, description="with images")
     blinded = None
-    if blind:
-        blind_path = output_dir / "answers_blind.jsonl"
+    for blind_path in blind_paths:
         blinded = answer(ask(blind=True), answers_path=blind_path, description="without images")
     if seeing is None:
         return None
     evaluation = _score(questions, seeing, blinded, chance)
     _write_reports(output_dir, choice.model_id, evaluation, _describe(model, options, asked))
     return evaluation
+
+
+def answer_files(output_dir: Path, *, blind: bool) -> list[Path]:
+    """Where the answers with the images go, and those without them when `blind`."""
+    return [output_dir / name for name in ("answers.jsonl", *(("answers_blind.jsonl",) if blind else ()))]
 
 
 def _score(

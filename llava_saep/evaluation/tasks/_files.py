@@ -105,20 +105,30 @@ def read_answer_file(path: Path) -> AnswerFile:
     """Read an answer file and count the lines that are no JSON, as LLaVA's converters do.
 
     Raises:
-        UserError: the file is absent, or a JSON line lacks question_id or text.
+        UserError: the file is absent, a JSON line lacks question_id or text, or all lines are those of a question file.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file of answers")
     parsed = list(_parsed_lines(path))
     answers = tuple(_answer(record, place) for place, record in parsed if record is not None)
+    if answers and all(_is_question(answer.fields) for answer in answers):
+        raise UserError(
+            f"{path}: holds questions, with {', '.join(map(repr, answers[0].fields))}; expected answers to them, with "
+            "question_id and text, and what programs that answer add, such as prompt or answer_id"
+        )
     return AnswerFile(answers, len(parsed) - len(answers))
+
+
+def _is_question(record: Mapping[str, Any]) -> bool:
+    """Whether a line names its picture, and nothing that programs which answer write beside the text of an answer."""
+    return "image" in record and not record.keys() & {"prompt", "answer_id", "model_id", "metadata"}
 
 
 def read_answers(path: Path) -> list[Answer]:
     """Answers of a file, LLaVA's or ours, in the order of its lines.
 
     Raises:
-        UserError: the file is absent, or a line is no JSON object with question_id and text.
+        UserError: the file is absent, a line is no JSON object with question_id and text, or all are questions.
     """
     file = read_answer_file(path)
     if file.num_broken_lines:

@@ -7,6 +7,7 @@ from PIL import Image
 
 from llava_saep import generation
 from llava_saep.cli import main
+from llava_saep.evaluation.answer_files import claimed
 from tests.fixtures.evaluation_runs import TINY_MODEL, copy_checkpoint
 
 
@@ -69,6 +70,14 @@ def test_images_beside_the_question_file_are_found_and_both_runs_scored(folders,
     ]
     last_row = capsys.readouterr().out.split("overall")[-1]
     assert "75.0 %" in last_row and "25.0 %" in last_row
+
+
+@pytest.mark.parametrize("name", ["answers.jsonl", "answers_blind.jsonl"])
+def test_second_evaluation_into_a_folder_is_refused_before_the_model_is_loaded(folders, monkeypatch, capsys, name):
+    monkeypatch.setattr(generation.Predictor, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    with claimed(folders / "model" / "evaluation" / name):
+        assert main(flags(folders, "--blind")) == 2
+    assert "another evaluation is writing" in capsys.readouterr().err
 
 
 def test_report_says_what_made_the_numbers(folders):

@@ -9,6 +9,7 @@ import pytest
 from llava_saep.cli import main
 from llava_saep.commands.evaluate.flags import parser
 from llava_saep.commands.evaluate.model import chosen_output_dir, idle_gpus_hint
+from llava_saep.evaluation.answer_files import claimed
 from llava_saep.evaluation.asking import fingerprint_with_parts
 from llava_saep.evaluation.results import SCHEMA
 from llava_saep.evaluation.tasks import JudgedTask, find_task, select_tasks, task_names
@@ -302,6 +303,14 @@ def test_labels_of_other_questions_keep_the_answers_and_the_benchmarks_that_foll
     results = run(data_dir, code=1)
     assert results["pope"]["result"] is None and "not scored: " in results["pope"]["notes"][0]
     assert results["spatial_scenes"]["result"] is not None
+
+
+def test_folder_that_is_being_written_is_refused_before_the_model_is_loaded(data_dir, capsys):
+    out = data_dir.parent / "out"
+    flags = ["--model-path", data_dir.parent / "absent", "--data-dir", data_dir, "--output-dir", out]
+    with claimed(out / "spatial_scenes" / "answers.jsonl"):
+        assert "another evaluation is writing" in mistake(capsys, *flags, "--task", "pope,spatial_scenes")
+        assert "no such folder" in mistake(capsys, *flags, "--task", "pope")
 
 
 def test_malformed_questions_of_any_benchmark_are_found_before_the_first_is_run(data_dir, capsys):

@@ -518,3 +518,16 @@ def test_a_damaged_line_of_an_answer_file_is_named(tmp_path, line, message):
         read_answers(tmp_path / "a.jsonl")
     (tmp_path / "a.jsonl").write_text('\ufeff{"question_id": 0, "text": "a\u2028b"}\n\n')
     assert [answer.text for answer in read_answers(tmp_path / "a.jsonl")] == ["a\u2028b"]
+
+
+def test_question_file_given_for_answers_is_not_scored(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    question = {"question_id": 0, "image": "a.jpg", "text": "Is there a dog?", "category": "random"}
+    path.write_text(json.dumps(question) + "\n")
+    with pytest.raises(
+        UserError, match="holds questions, with 'question_id', 'image', 'text', 'category'; expected an"
+    ):
+        read_answers(path)
+    # Answers may carry what their questions had.
+    path.write_text(json.dumps({**question, "text": "No", "model_id": "m"}) + "\n")
+    assert [answer.text for answer in read_answers(path)] == ["No"]
