@@ -7,8 +7,9 @@ from pathlib import Path
 
 from llava_saep.commands.compare.flags import check_flags, parser
 from llava_saep.commands.compare.plan import Comparison, plan_comparison
+from llava_saep.evaluation.comparison.folder import claimed, write_plan
 from llava_saep.evaluation.comparison.results import Results, collect
-from llava_saep.evaluation.comparison.runs import Runner, claimed, speed_step, write_plan
+from llava_saep.evaluation.comparison.runs import Runner, speed_step
 from llava_saep.evaluation.comparison.steps import FAILURE_FILE, Placement, describe_judge, read_json, record_path
 
 EXIT_SOME_FAILED = 1

@@ -1,15 +1,12 @@
 """Runs of a comparison: which there are, in which order their steps are done, several at once, and what is kept."""
 
-import contextlib
-import fcntl
 import json
-import logging
 import multiprocessing
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import cache
@@ -19,21 +16,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from llava_saep.errors import UserError
 from llava_saep.evaluation.benchmarks import BenchmarkSettings
 from llava_saep.evaluation.comparison import steps
 from llava_saep.evaluation.comparison.choice import Choice, selected
-from llava_saep.evaluation.comparison.recipe import RECIPE_FILE, Recipe
+from llava_saep.evaluation.comparison.recipe import Recipe
 from llava_saep.evaluation.comparison.steps import FAILURE_FILE, Placement, Step, read_json, record_path, write_json
 from llava_saep.evaluation.tasks import TaskQuestion
-from projectors import ProjectorError
 
-logger = logging.getLogger(__name__)
-
-PLAN_FILE = "comparison.json"
-LOCK_FILE = ".lock"
-_BEFORE_A_PLAN = (RECIPE_FILE, LOCK_FILE, "data", "data.unfinished")
-"""What a comparison that was killed early may have left without a plan."""
 _PRELOADED = (
     "llava_saep.evaluation.comparison.quiet",  # the first, since others say something when they are imported
     "llava_saep.train.run",
@@ -76,72 +65,6 @@ class Run:
         """Why the run did not come to its end, if it failed."""
         failure = read_json(self.folder / FAILURE_FILE)
         return None if failure is None else f"{failure['step']}: {failure['error']}"
-
-
-def refuse_strangers(folder: Path) -> None:
-    """Leave a folder alone in which somebody keeps other things.
-
-    Raises:
-        UserError: it is a file, or holds files and is no comparison's.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output-dir {folder}: is a file; name a folder")
-    if not folder.is_dir() or (folder / PLAN_FILE).is_file():
-        return
-    others = sorted(path.name for path in folder.iterdir() if path.name not in _BEFORE_A_PLAN)
-    if others:
-        raise UserError(
-            f"--output-dir {folder}: holds {', '.join(others[:3])}{', ...' if len(others) > 3 else ''} and is no "
-            "comparison's; name an empty or new folder"
-        )
-
-
-@contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Hold the output folder of a comparison, which no other one may use meanwhile; it is made where there is none.
-
-    A mistake inside the block that leaves a new folder empty leaves none; parents that were made stay.
-
-    Raises:
-        UserError: it holds other files, cannot be written, or is in use.
-    """
-    refuse_strangers(folder)
-    is_new = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK_FILE).open("w")
-    except OSError as error:
-        raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror})") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"--output-dir {folder}: another comparison is at work in it") from error
-        except OSError as error:  # some file systems of clusters have no locks
-            logger.debug("%s: cannot be locked (%s)", folder, error)
-        try:
-            yield
-        except (UserError, ProjectorError):
-            if is_new and [path.name for path in folder.iterdir()] == [LOCK_FILE]:
-                (folder / LOCK_FILE).unlink()
-                folder.rmdir()
-            raise
-
-
-def write_plan(folder: Path, plan: Mapping[str, Any]) -> None:
-    """Write down what a reserved folder belongs to.
-
-    Raises:
-        UserError: it holds another comparison.
-    """
-    # A plan of earlier code may lack what is looked at by now.
-    stored = read_json(folder / PLAN_FILE) or {}
-    differing = sorted(key for key, value in stored.items() if value != plan.get(key))
-    if differing:
-        raise UserError(
-            f"--output-dir {folder}: holds another comparison ({', '.join(differing)} differ); name another folder"
-        )
-    write_json(folder / PLAN_FILE, plan)
 
 
 # Which runs there are

@@ -18,6 +18,7 @@ from llava_saep.commands.compare.flags import parser
 from llava_saep.errors import UserError
 from llava_saep.evaluation.asking import fingerprint_with_parts
 from llava_saep.evaluation.comparison import runs, steps
+from llava_saep.evaluation.comparison.folder import claimed
 from llava_saep.evaluation.comparison.recipe import read_recipe
 from llava_saep.evaluation.comparison.steps import Placement, Step
 from llava_saep.evaluation.questions import Question, as_task_question
@@ -249,7 +250,7 @@ def test_what_was_left_out_of_benchmarks_is_told_and_other_settings_are_another_
     for name in ("report.md", "report.html", "results.json"):
         assert remark in (models / "out" / name).read_text(), name
     assert main([*command, "--max-new-tokens", "5"]) == 2
-    assert "holds another comparison (recipe differ)" in capsys.readouterr().err
+    assert "holds another comparison (recipe differ, and 1 of its runs have done evaluation" in capsys.readouterr().err
 
 
 def test_judge_rates_free_answers_and_one_that_fails_is_asked_again(models, monkeypatch, capsys):
@@ -327,7 +328,7 @@ def test_speed_and_answers_of_another_model_under_the_same_name_are_forgotten(mo
     folder = models / "out"
     command = ["--model-path", str(models / "saep" / "stage2"), "--output-dir", str(folder), "--device", "cpu"]
     command += ["--question-file", str(models / "held" / "questions.jsonl")]
-    with runs.claimed(folder):
+    with claimed(folder):
         made = plan.plan_comparison(parser().parse_args(command))
         (run,) = made.runs
         run.folder.mkdir(parents=True)
@@ -349,14 +350,6 @@ def test_peak_of_answering_is_that_of_all_tries_of_one_model(tmp_path, monkeypat
     assert [one["peak_memory_bytes"] for one in found] == [900, 900, 400]
 
 
-def test_plan_of_earlier_code_that_lacks_a_key_is_gone_on_from(tmp_path):
-    (tmp_path / "comparison.json").write_text('{"kind": "training"}')
-    runs.write_plan(tmp_path, {"kind": "training", "questions": "abc"})
-    assert json.loads((tmp_path / "comparison.json").read_text())["questions"] == "abc"
-    with pytest.raises(UserError, match="questions differ"):
-        runs.write_plan(tmp_path, {"kind": "training", "questions": "abd"})
-
-
 def test_processes_are_forked_from_a_server_that_is_quiet_first(monkeypatch):
     """bitsandbytes, which comes with peft, recommends a kernel on some processors when it is imported."""
     name = runs._PRELOADED[0]
@@ -365,20 +358,6 @@ def test_processes_are_forked_from_a_server_that_is_quiet_first(monkeypatch):
     monkeypatch.delitem(sys.modules, name, raising=False)
     importlib.import_module(name)
     assert not logger.isEnabledFor(logging.WARNING)
-
-
-def test_reworded_question_is_another_comparison(tmp_path, monkeypatch, capsys):
-    """Answers that are there belong to the old words."""
-    own = write_own_recipe(tmp_path)
-    for check in ("_check_placeable", "_check_stages"):
-        monkeypatch.setattr(plan, check, lambda *arguments: None)
-    command = ["compare", "--projectors", "saep", "--recipe", str(own / "recipe.json"), "--device", "cpu"]
-    with runs.claimed(tmp_path / "out"):
-        made = plan.plan_comparison(parser().parse_args([*command[1:], "--output-dir", str(tmp_path / "out")]))
-        runs.write_plan(made.folder, made.plan)
-    (own / "questions.jsonl").write_text('{"question_id": 1, "text": "Really?", "answer": "yes"}\n')
-    assert main([*command, "--output-dir", str(tmp_path / "out")]) == 2
-    assert "holds another comparison (questions differ)" in capsys.readouterr().err
 
 
 def test_images_that_are_missing_are_found_before_the_training(tmp_path, capsys, monkeypatch):

@@ -10,11 +10,10 @@ import time
 import psutil
 import pytest
 
-from llava_saep.errors import UserError
 from llava_saep.evaluation.comparison import runs, steps
 from llava_saep.evaluation.comparison.choice import parse_choices
 from llava_saep.evaluation.comparison.recipe import Stage
-from llava_saep.evaluation.comparison.runs import Run, Runner, claimed, training_runs, write_plan
+from llava_saep.evaluation.comparison.runs import Run, Runner, training_runs
 from llava_saep.evaluation.comparison.steps import Placement, Step, read_json
 from tests.fixtures import comparison as fixture
 
@@ -140,43 +139,6 @@ def test_steps_end_when_their_comparison_is_killed(tmp_path):
     parent.join()
     _, alive = psutil.wait_procs(children, timeout=20)
     assert children and not alive
-
-
-def test_folder_of_another_comparison_is_refused(tmp_path):
-    with claimed(tmp_path / "out"):
-        write_plan(tmp_path / "out", {"kind": "training", "device": "cpu"})
-    with (
-        claimed(tmp_path / "out"),
-        pytest.raises(UserError, match="holds another comparison \\(device differ\\)"),
-    ):
-        write_plan(tmp_path / "out", {"kind": "training", "device": "cuda"})
-    assert json.loads((tmp_path / "out" / "comparison.json").read_text())["device"] == "cpu"
-
-
-def test_folder_with_other_things_is_left_alone(tmp_path):
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="holds thesis.txt and is no comparison's"), claimed(tmp_path):
-        pass
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-    with pytest.raises(UserError, match="is a file"), claimed(tmp_path / "thesis.txt"):
-        pass
-
-
-def test_folder_in_use_is_refused(tmp_path):
-    with claimed(tmp_path), pytest.raises(UserError, match="another comparison is at work"), claimed(tmp_path):
-        pass
-    with claimed(tmp_path):
-        write_plan(tmp_path, {"kind": "training"})
-
-
-def test_mistake_leaves_no_new_folder_and_nothing_of_an_old_one_is_lost(tmp_path):
-    with pytest.raises(UserError), claimed(tmp_path / "new"):
-        raise UserError("a flag is wrong")
-    assert not (tmp_path / "new").exists()
-    (tmp_path / "old" / "data").mkdir(parents=True)
-    with pytest.raises(UserError), claimed(tmp_path / "old"):
-        raise UserError("a flag is wrong")
-    assert (tmp_path / "old" / "data").is_dir()
 
 
 def test_training_runs_differ_in_projector_and_seed_alone(tmp_path):
