@@ -41,11 +41,18 @@ body { margin: 0 auto; max-width: 74rem; padding: 1.5rem; background: var(--pape
   font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
 h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; } p { max-width: 52rem; margin: .4rem 0; } .soft { color: var(--soft); }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .86rem; }
+.wide { overflow-x: auto; } figure.wide { margin: 1rem 0; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .86rem; }
 th, td { padding: .32rem .6rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }
 td { white-space: nowrap; } svg.chart { min-width: 44rem; } th:first-child, td:first-child { text-align: left; }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
-tbody tr:nth-child(odd) { background: var(--band); } .interval { display: block; color: var(--soft); font-size: .78rem;
+tr { background: var(--paper); } tbody tr:nth-child(odd) { background: var(--band); }
+@media (max-width: 48rem) { body { padding: 1rem; }
+  .wide::before { content: "scrolls sideways \\2194"; position: sticky; left: 0; color: var(--soft);
+  font-size: .78rem; }
+  th:first-child, td:first-child { position: sticky; left: 0; min-width: 7.5rem; overflow-wrap: anywhere;
+  white-space: normal; background: inherit; } }
+.interval { display: block; color: var(--soft); font-size: .78rem;
   white-space: nowrap; }
 svg { max-width: 100%; height: auto; font: 12px system-ui, sans-serif; } svg text { fill: var(--soft); }
 svg text.label { fill: var(--ink); } .grid { stroke: var(--line); stroke-width: 1; } .axis { stroke: var(--soft); }
@@ -141,7 +148,7 @@ def _differences(results: Results) -> str:
         rows.append((one.label, seeds.value, over_seeds, one.over_images))
     return (
         f"<h2>In pairs with {escape(str(results.reference))}</h2>"
-        f"<figure class=wide>{charts.differences(rows)}</figure>{table(difference_table(results))}"
+        f"<figure class=wide tabindex=0>{charts.differences(rows)}</figure>{table(difference_table(results))}"
         "<p class=soft>Accuracy less the reference's, over all questions, for equal seeds. Thin: 95 % by Student's t "
         "over the seeds' differences. Thick: 95 % by bootstrap over images (whole images drawn again, models held "
         "fixed): how much it depends on which images were asked about. An interval on one side of zero under both is "
@@ -165,7 +172,8 @@ def _tokens(results: Results) -> str:
     if not points:
         return ""
     return (
-        f"<h2>Accuracy against tokens</h2><figure class=wide>{charts.accuracy_against_tokens(points)}</figure>"
+        "<h2>Accuracy against tokens</h2>"
+        f"<figure class=wide tabindex=0>{charts.accuracy_against_tokens(points)}</figure>"
         f"<p class=soft>Shown is {escape(name)}; bars: the 95 % intervals of the first table. Where "
         "several have equally many tokens they stand beside each other.</p>"
     )
@@ -299,7 +307,7 @@ def table(content: Table) -> str:
     header, rows = content
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    return f"<div class=wide tabindex=0><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _cell(text: str) -> str:
