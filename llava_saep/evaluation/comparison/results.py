@@ -87,7 +87,7 @@ class Difference:
     Args:
         over_seeds: Student's t on the differences of equal seeds; without bounds for one seed, or where all
             differ alike.
-        over_images: bootstrap over images, models held fixed; None where all questions are about one.
+        over_images: bootstrap over images, models held fixed; None where there are only a few.
         only_here, only_reference: answers, of all seeds, that were right on one side alone.
         p_value: McNemar's, where each side has one model; None otherwise, since answers of several seeds to one
             question are not independent.

@@ -4,12 +4,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from statistics import NormalDist
 
 import numpy as np
 
 from llava_saep.evaluation.metrics import wilson_interval
 
 NUM_BOOTSTRAP_SAMPLES = 4000
+FEWEST_IMAGES = 5
+"""With fewer the images that can be drawn differ too little for any interval of them to cover 95 %."""
 _LARGEST_QUANTILE = 1e4
 _ALIKE = 1e-9
 """Shares that differ by less are equal but for rounding: of any number of questions asked here, one counts more."""
@@ -90,9 +93,11 @@ def accuracy_interval(num_correct: Sequence[int], num_questions: int) -> Interva
 def paired_bootstrap(
     correct: np.ndarray, reference: np.ndarray, groups: Sequence[int], *, seed: int = 0
 ) -> tuple[float, float] | None:
-    """95 % interval of a difference in accuracy when other images had been asked about; None for a single image.
+    """95 % interval of a difference in accuracy when other images had been asked about; None for a few images.
 
-    Whole images are drawn again, since the questions about one are answered rightly or wrongly together.
+    Whole images are drawn again, since the questions about one are answered rightly or wrongly together. Plain
+    percentiles of what was drawn are too narrow for small numbers of images; these are expanded as in Hesterberg, "What
+    Teachers Should Know About the Bootstrap" (2015), which covers 93 % for five images where plain ones cover 83 %.
 
     Args:
         correct, reference: (runs, questions) of 0 and 1; the same questions, and as many runs of each.
@@ -101,14 +106,15 @@ def paired_bootstrap(
     difference = (correct.astype(float) - reference.astype(float)).mean(axis=0)
     _, group = np.unique(np.asarray(groups), return_inverse=True)
     num_groups = int(group.max()) + 1
-    if num_groups < 2:
+    if num_groups < FEWEST_IMAGES:
         return None
     sums = np.bincount(group, weights=difference, minlength=num_groups)
     sizes = np.bincount(group, minlength=num_groups)
     weights = np.random.default_rng(seed).multinomial(
         num_groups, np.full(num_groups, 1 / num_groups), size=NUM_BOOTSTRAP_SAMPLES
     )
-    low, high = np.quantile((weights @ sums) / (weights @ sizes), [0.025, 0.975])
+    tail = NormalDist().cdf(-math.sqrt(num_groups / (num_groups - 1)) * student_t_quantile(num_groups - 1))
+    low, high = np.quantile((weights @ sums) / (weights @ sizes), [tail, 1 - tail])
     return float(low), float(high)
 
 
