@@ -21,7 +21,7 @@ import httpx
 from tqdm import tqdm
 
 from llava_saep.errors import UserError
-from llava_saep.evaluation.answer_files import json_line, rewrite
+from llava_saep.evaluation.answer_files import claimed, json_line, rewrite
 from llava_saep.evaluation.fingerprints import text_fingerprint
 from llava_saep.evaluation.tasks import JudgeRequest, Review
 
@@ -210,8 +210,16 @@ def review_answers(
     Returns:
         a line per request; those of failed ones are not written, so that they are asked again.
     Raises:
-        UserError: the endpoint refuses requests of this kind, or there is not one review.
+        UserError: the endpoint refuses requests of this kind, there is not one review, or another evaluation is writing
+            the file.
     """
+    with claimed(path):
+        return _review(requests, judge, path, review_line, description)
+
+
+def _review(
+    requests: Sequence[JudgeRequest], judge: Judge, path: Path, review_line: ReviewLine, description: str
+) -> Reviews:
     keys = [_request_key(request, judge) for request in requests]
     done = _kept_reviews(path, set(keys))
     rewrite(path, done.values())

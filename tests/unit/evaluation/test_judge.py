@@ -214,3 +214,20 @@ def test_key_comes_from_a_file_or_the_environment(tmp_path):
         find_api_key(str(tmp_path / "key"))
     with pytest.raises(UserError, match="cannot be read"):
         find_api_key(str(tmp_path / "absent"))
+
+
+def test_reviews_that_are_being_written_are_left_to_whoever_writes_them(endpoint, tmp_path):
+    """The second would pay for the same replies, and one of the two files would be lost."""
+    path = tmp_path / "reviews.jsonl"
+    messages = []
+
+    def line_of_a_long_run(review):
+        with pytest.raises(UserError) as caught:
+            review_answers(requests("a"), judge(endpoint), path, line)
+        messages.append(str(caught.value))
+        return line(review)
+
+    review_answers(requests("a"), judge(endpoint), path, line_of_a_long_run)
+    assert f"another evaluation is writing {path}" in messages[0]
+    assert len(endpoint.requests) == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["reviews.jsonl"]
