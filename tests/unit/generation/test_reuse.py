@@ -22,6 +22,7 @@ MODELS = {
     "qformer": {"projector": "qformer", "loudness": 2},
     "crops": {"projector": "mlp2x_gelu", "merge_type": "spatial_unpad"},
     "crops with saep": {"projector": "saep", "merge_type": "spatial"},
+    "images between markers": {"projector": "mlp2x_gelu", "has_markers": True},
     "qwen3": {"projector": "mlp2x_gelu", "model_type": "qwen3", "head_dim": 8},
 }
 
