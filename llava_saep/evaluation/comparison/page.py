@@ -13,7 +13,7 @@ from PIL import Image
 
 from llava_saep.evaluation.comparison import charts
 from llava_saep.evaluation.comparison.disagreement import Disagreement, disagreements
-from llava_saep.evaluation.comparison.results import Curve, Entry, Results
+from llava_saep.evaluation.comparison.results import BenchmarkRow, Curve, Entry, Results
 from llava_saep.evaluation.comparison.statistics import Interval
 from llava_saep.evaluation.comparison.tables import (
     Table,
@@ -158,7 +158,22 @@ def _differences(results: Results) -> str:
 
 
 def _tokens(results: Results) -> str:
-    name, values = _headline(results)
+    charts_by_name = {name: _token_chart(results, values) for name, values in _headlines(results).items()}
+    figures = [
+        f"<h3>{escape(name)}</h3><figure class=wide tabindex=0>{chart}</figure>"
+        for name, chart in charts_by_name.items()
+        if chart
+    ]
+    if not figures:
+        return ""
+    return (
+        f"<h2>Accuracy against tokens</h2>{''.join(figures)}"
+        "<p class=soft>Bars: the 95 % intervals of the first table. Where several have equally many tokens they stand "
+        "beside each other.</p>"
+    )
+
+
+def _token_chart(results: Results, values: Mapping[str, Interval]) -> str:
     points = [
         charts.Point(
             label=entry.label,
@@ -169,27 +184,22 @@ def _tokens(results: Results) -> str:
         for entry in results.entries
         if entry.label in values and entry.speed is not None
     ]
-    if not points:
-        return ""
-    return (
-        "<h2>Accuracy against tokens</h2>"
-        f"<figure class=wide tabindex=0>{charts.accuracy_against_tokens(points)}</figure>"
-        f"<p class=soft>Shown is {escape(name)}; bars: the 95 % intervals of the first table. Where "
-        "several have equally many tokens they stand beside each other.</p>"
-    )
+    return charts.accuracy_against_tokens(points)
 
 
-def _headline(results: Results) -> tuple[str, dict[str, Interval]]:
-    """What stands for an entry in one number: overall accuracy, or the first benchmark's first share."""
+def _headlines(results: Results) -> dict[str, dict[str, Interval]]:
+    """What stands for entries in one number, by its name: overall accuracy, or the first share of each benchmark."""
     if not results.asks_benchmarks:
-        return f"{OVERALL} accuracy", {
-            entry.label: entry.accuracy[OVERALL] for entry in results.entries if entry.accuracy
-        }
-    shares = [row for row in results.benchmarks if row.is_share]
-    if not shares:
-        return "", {}
-    values = {label: value for label, value in shares[0].values.items() if value is not None}
-    return f"{shares[0].benchmark}, {shares[0].metric}", values
+        accuracies = {entry.label: entry.accuracy[OVERALL] for entry in results.entries if entry.accuracy}
+        return {f"{OVERALL} accuracy": accuracies}
+    first_shares: dict[str, BenchmarkRow] = {}
+    for row in results.benchmarks:
+        if row.is_share:
+            first_shares.setdefault(row.benchmark, row)
+    return {
+        f"{row.name}, {row.metric}": {label: value for label, value in row.values.items() if value is not None}
+        for row in first_shares.values()
+    }
 
 
 def _costs(results: Results, facts: Mapping[str, Any]) -> str:

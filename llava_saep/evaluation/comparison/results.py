@@ -107,15 +107,22 @@ class BenchmarkRow:
     """One metric of a benchmark for all models.
 
     Args:
+        category: a kind of question; None: all of them.
         counts: from how many questions it was computed; one number, unless models differ.
         values: by label; a share in [0, 1] or points, None where it is not defined, absent where it was not scored.
     """
 
     benchmark: str
+    category: str | None
     metric: str
     counts: tuple[int, ...]
     is_share: bool
     values: Mapping[str, Interval | None]
+
+    @property
+    def name(self) -> str:
+        """Benchmark, and kind of question."""
+        return self.benchmark if self.category is None else f"{self.benchmark} / {self.category}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,10 +199,15 @@ def _benchmark_rows(runs: Sequence[Run]) -> Iterator[BenchmarkRow]:
         own = {label: results.get((benchmark, category, metric)) for label, results in scored.items()}
         cells = {label: _metric_interval(found) for label, found in own.items() if found is not None}
         first = next(found for found in own.values() if found is not None)
-        name = benchmark if category is None else f"{benchmark} / {category}"
         counts = sorted({found["n"] for found in own.values() if found is not None})
-        is_share = first["unit"] == "share"
-        yield BenchmarkRow(benchmark=name, metric=metric, counts=tuple(counts), is_share=is_share, values=cells)
+        yield BenchmarkRow(
+            benchmark=benchmark,
+            category=category,
+            metric=metric,
+            counts=tuple(counts),
+            is_share=first["unit"] == "share",
+            values=cells,
+        )
 
 
 def _benchmark_remarks(runs: Sequence[Run]) -> Iterator[str]:

@@ -26,7 +26,7 @@ def benchmark_table(results: Results) -> Table:
     rows = []
     for row in results.benchmarks:
         cells = [_metric_text(row.values[label], row.is_share) if label in row.values else MISSING for label in labels]
-        rows.append([row.benchmark, row.metric, "/".join(f"{count:,}" for count in row.counts), *cells])
+        rows.append([row.name, row.metric, "/".join(f"{count:,}" for count in row.counts), *cells])
     return ["benchmark", "metric", "questions", *labels], rows
 
 
@@ -194,7 +194,7 @@ def _entry_document(entry: Entry) -> dict[str, Any]:
 
 def _benchmark_document(row: BenchmarkRow) -> dict[str, Any]:
     values = {label: value and _interval_document(value) for label, value in row.values.items()}
-    return {"benchmark": row.benchmark, "metric": row.metric, "counts": list(row.counts), "values": values}
+    return {"benchmark": row.name, "metric": row.metric, "counts": list(row.counts), "values": values}
 
 
 def _difference_document(one: Difference) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from llava_saep.evaluation.comparison.steps import Placement, Step
 from llava_saep.evaluation.questions import Question, as_task_question
 from playground import comparison
 from playground.quickstart import SMALL_PROJECTORS
+from tests.fixtures.benchmarks import write_sample
 from tests.fixtures.evaluation_runs import write_mmvet, write_vizwiz_test
 from tests.fixtures.judge import chat_reply, running_endpoint
 from tests.fixtures.saved_models import write_saved_model
@@ -224,17 +225,19 @@ def test_benchmarks_are_put_to_each_model(models, monkeypatch):
     monkeypatch.setattr(runs, "_context", lambda device: multiprocessing.get_context("fork"))
     shutil.copytree(models / "held", models / "data" / "spatial_scenes" / "held_out")
     command = ["compare", "--model-path", str(models / "saep" / "stage2"), str(models / "mlp2x_gelu" / "stage2")]
-    command += ["--task", "spatial_scenes", "--data-dir", str(models / "data"), "--max-new-tokens", "4"]
+    write_sample("pope", models / "data" / "pope")
+    command += ["--task", "spatial_scenes,pope", "--data-dir", str(models / "data"), "--max-new-tokens", "4"]
     assert main([*command, "--output-dir", str(models / "out"), "--device", "cpu"]) == 0
     results = json.loads((models / "out" / "results.json").read_text())
-    first = results["benchmarks"][0]
-    assert (first["benchmark"], first["metric"], first["counts"]) == ("spatial_scenes", "accuracy", [4])
+    first = next(row for row in results["benchmarks"] if row["benchmark"] == "spatial_scenes")
+    assert (first["metric"], first["counts"]) == ("accuracy", [4])
     for label in ("saep-stage2", "mlp2x_gelu-stage2"):
         answers = models / "out" / "runs" / label / "evaluation" / "spatial_scenes" / "answers.jsonl"
         own = json.loads((answers.parent / "result.json").read_text())["result"]["metrics"][0]
         assert first["values"][label]["value"] == own["value"] and len(answers.read_text().splitlines()) == 4
     page = (models / "out" / "report.html").read_text()
-    assert "<h2>Benchmarks</h2>" in page and "spatial_scenes, accuracy; bars" in page
+    charts = re.findall("<h3>([^<]*)</h3><figure class=wide[^>]*><svg", page)
+    assert "<h2>Benchmarks</h2>" in page and charts == ["pope, F1", "spatial_scenes, accuracy"]
     assert "| spatial_scenes | accuracy | 4 |" in (models / "out" / "report.md").read_text()
 
 
