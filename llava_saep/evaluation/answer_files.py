@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 from llava_saep.errors import UserError
 from llava_saep.evaluation.fingerprints import text_fingerprint
+from llava_saep.evaluation.questions import NOT_JSON
 from llava_saep.evaluation.tasks import TaskQuestion
 
 logger = logging.getLogger(__name__)
@@ -232,7 +233,7 @@ def _readable_records(paths: Iterable[Path]) -> Iterable[Record]:
 def _parse_record(line: str) -> Record | None:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError:
+    except NOT_JSON:
         return None
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         return None

@@ -10,6 +10,8 @@ from llava_saep.errors import UserError
 from llava_saep.evaluation.tasks import TaskQuestion
 from llava_saep.evaluation.words import normalized_words
 
+NOT_JSON = (ValueError, RecursionError)
+"""What json raises on a text that is none; numbers of thousands of digits and deep nesting have their own errors."""
 DEFAULT_CATEGORY = "default"
 """What LLaVA's own question files call their one category."""
 DEFAULT_MAX_NEW_TOKENS = 64
@@ -79,7 +81,7 @@ def _refuse_repeated_ids(questions: Iterable[Question], path: Path) -> None:
 def _parse_question(line: str, place: str) -> Question:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except NOT_JSON as error:
         raise UserError(f"{place}: is not JSON ({error}). A question file holds one JSON object per line.") from error
     if not isinstance(record, Mapping):
         raise UserError(f"{place}: expected a JSON object with question_id and text, found {type(record).__name__}.")

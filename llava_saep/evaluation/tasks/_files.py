@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_saep.errors import UserError
-from llava_saep.evaluation.questions import as_task_question, read_questions
+from llava_saep.evaluation.questions import NOT_JSON, as_task_question, read_questions
 
 from ._base import Answer, TaskQuestion
 
@@ -36,7 +36,7 @@ def read_json(path: Path, kind: type) -> Any:
     """
     try:
         content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+    except NOT_JSON as error:
         raise UserError(f"{path}: is not JSON ({error})") from error
     if not isinstance(content, kind):
         raise UserError(f"{path}: expected a JSON {kind.__name__}, found {type(content).__name__}")
@@ -65,7 +65,7 @@ def _parsed_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except NOT_JSON:
             record = None
         yield f"{path}, line {number}", record if isinstance(record, dict) else None
 

@@ -31,6 +31,8 @@ def test_llava_question_file_is_read_in_order(tmp_path):
     ("lines", "message"),
     [
         (["{not json"], "line 1: is not JSON"),
+        (['{"text": "x", "question_id": ' + "1" * 5000 + "}"], "line 1: is not JSON"),
+        (["[" * 100_000], "line 1: is not JSON"),
         (["[1]"], "line 1: expected a JSON object"),
         ([{"text": "x"}], "question_id must be a string or an integer, found None"),
         ([{"question_id": True, "text": "x"}], "question_id must be"),

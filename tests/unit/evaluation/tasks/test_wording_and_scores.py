@@ -509,6 +509,8 @@ def test_answers_whose_file_is_of_another_split_are_refused(ask):
         ('{"question_id": true, "text": "x"}', "line 2: question_id must be a text or a whole number, found True"),
         ('{"question_id": 1, "text": "x", "round_id": "2"}', "line 2: round_id must be a whole number, found '2'"),
         ('{"question_id": 1, "te', "line 2: expected a JSON object"),
+        ('{"text": "x", "question_id": ' + "1" * 5000 + "}", "line 2: expected a JSON object"),
+        ("[" * 100_000, "line 2: expected a JSON object"),
         ("[1]", "line 2: expected a JSON object"),
     ],
 )
