@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_saep.evaluation.tasks._files import read_answers
-from llava_saep.evaluation.tasks._mmbench import read_table, upload_table, write_xlsx
+from llava_saep.evaluation.tasks._matching import texts_by_id
+from llava_saep.evaluation.tasks._mmbench import predictions_by_index, read_table, upload_table, write_xlsx
 from llava_saep.program import AbbreviatingParser, run_program
 
 
@@ -27,9 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     rows = read_table(Path(arguments.annotation_file).expanduser())
     answers = read_answers(Path(arguments.result_dir).expanduser() / f"{arguments.experiment}.jsonl")
-    predictions = {answer.question_id: answer.text for answer in answers}
+    predictions = predictions_by_index(answers)
     indices = {int(row["index"] or 0) for row in rows}
-    missing, unknown = len(indices - predictions.keys()), len(predictions.keys() - indices)
+    missing, unknown = len(indices - predictions.keys()), len(texts_by_id(answers).keys() - set(map(str, indices)))
     if missing or unknown:
         print(f"{missing} of {len(rows)} questions have no answer, {unknown} answers no question", file=sys.stderr)
     path = Path(arguments.upload_dir).expanduser() / f"{arguments.experiment}.xlsx"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_saep.evaluation.tasks._files import read_answers, write_json_lines
+from llava_saep.evaluation.tasks._matching import texts_by_id
 from llava_saep.evaluation.tasks.seed_bench import read_seed_annotations, upload_records
 from llava_saep.program import AbbreviatingParser, run_program
 
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     questions, names = read_seed_annotations(Path(arguments.annotation_file).expanduser())
     answers = read_answers(Path(arguments.result_file).expanduser())
-    texts = {str(answer.question_id): answer.text for answer in answers}
+    texts = texts_by_id(answers)
     for number, name in sorted(names.items()):
         print_accuracy(name, [each for each in questions if each["question_type_id"] == number], texts)
     print_accuracy("Total accuracy", questions, texts)

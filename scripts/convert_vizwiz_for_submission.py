@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_saep.evaluation.tasks._files import read_answer_file, read_json_lines, write_json
+from llava_saep.evaluation.tasks._matching import texts_by_id
 from llava_saep.evaluation.tasks.vizwiz import upload_records
 from llava_saep.program import AbbreviatingParser, run_program
 
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_flag("result-upload-file", required=True, help="file to write")
     arguments = parser.parse_args(argv)
     source = read_answer_file(Path(arguments.result_file).expanduser())
-    texts = {answer.question_id: answer.text for answer in source.answers}
+    texts = texts_by_id(source.answers)
     questions = read_json_lines(Path(arguments.annotation_file).expanduser())
     print(f"total results: {len(texts)}, total split: {len(questions)}, error_line: {source.num_broken_lines}")
     records = upload_records(questions, texts, arguments.result_file)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_saep.evaluation.tasks._files import ID, read_answer_file, read_json_lines, required, write_json
+from llava_saep.evaluation.tasks._matching import texts_by_id
 from llava_saep.evaluation.tasks.vqav2 import TEST_FILE, upload_records
 from llava_saep.program import AbbreviatingParser, run_program
 
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     folder = Path(arguments.dir).expanduser()
     source = read_answer_file(folder / "answers" / arguments.split / arguments.ckpt / "merge.jsonl")
-    texts = {answer.question_id: answer.text for answer in source.answers}
+    texts = texts_by_id(source.answers)
     ids = [required(record, "question_id", TEST_FILE, ID) for record in read_json_lines(folder / TEST_FILE)]
     print(f"total results: {len(texts)}, total split: {len(ids)}, error_line: {source.num_broken_lines}")
     write_json(folder / "answers_upload" / arguments.split / f"{arguments.ckpt}.json", upload_records(ids, texts))

@@ -68,6 +68,11 @@ def _short_key(key: tuple[str, str, int]) -> tuple[str, int]:
     return question_id, round_id
 
 
+def texts_by_id(answers: Iterable[Answer]) -> dict[str, str]:
+    """Generated text by question_id as a text, for one file may write 7 where another has "7"; the last one counts."""
+    return {str(answer.question_id): answer.text for answer in answers}
+
+
 def unreviewed(questions: Sequence[TaskQuestion], lines: Sequence[Mapping[str, Any]]) -> Exclusion | None:
     """The questions that no line of a review file is about."""
     reviewed = {str(line.get("question_id")) for line in lines}

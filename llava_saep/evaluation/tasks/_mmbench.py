@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,7 +31,7 @@ from ._base import (
     TaskResult,
 )
 from ._files import read_text
-from ._matching import match_answers
+from ._matching import match_answers, texts_by_id
 from ._options import list_options, read_letter
 from ._scoring import grouped, mean_metric, mean_rows
 from ._sources import OPTION_LETTER
@@ -51,6 +52,8 @@ _EMPTY_CELLS = frozenset(
     ["", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA"]
     + ["NULL", "NaN", "None", "n/a", "nan", "null"]
 )
+
+_INDEX = re.compile(r"[0-9]{1,18}")
 
 Row = Mapping[str, str | None]
 
@@ -88,7 +91,7 @@ def read_table(path: Path) -> list[dict[str, str | None]]:
     for line, row in rows:
         if None in row or any(value is None for value in row.values()):
             raise UserError(f"{path}, line {line}: has not {len(row)} cells, as the first line; is the file complete?")
-        if not str(row["index"]).isdigit():
+        if not _INDEX.fullmatch(row["index"]):
             raise UserError(f"{path}, line {line}: index must be a number, found {row['index']!r}")
     return [{name: None if value in _EMPTY_CELLS else value for name, value in row.items()} for _, row in rows]
 
@@ -143,6 +146,11 @@ def predicted_letter(question: TaskQuestion, text: str) -> str | None:
     options, letters = question.answer_fields["options"], question.answer_fields["option_char"]
     letter = read_letter(text, options)
     return None if letter is None else letters[LETTERS.index(letter)]
+
+
+def predictions_by_index(answers: Iterable[Answer]) -> dict[int, str]:
+    """Generated text by index; the last one counts, and what is no index is left out."""
+    return {int(id_): text for id_, text in texts_by_id(answers).items() if _INDEX.fullmatch(id_)}
 
 
 def upload_table(rows: Sequence[Row], predictions: Mapping[int, str]) -> list[list[str | int | None]]:
@@ -237,8 +245,7 @@ class MMBenchTask(Task):
     def export(self, folder: Path, split: str, answers: Sequence[Answer], output: Path) -> list[Path]:
         """The xlsx file that MMBench's server takes; it holds the first round's answers."""
         path = self._table(folder, split)
-        first_round = [answer for answer in answers if answer.round_id == 0 and str(answer.question_id).isdigit()]
-        predictions = {int(answer.question_id): answer.text for answer in first_round}
+        predictions = predictions_by_index(answer for answer in answers if answer.round_id == 0)
         return [write_xlsx(output / f"{path.stem}.xlsx", upload_table(read_table(path), predictions))]
 
 

@@ -13,7 +13,7 @@ from llava_saep.errors import UserError
 
 from ._base import Answer, Requirement, Task, TaskQuestion, TaskResult
 from ._files import ID, read_json, read_task_questions, required, write_json_lines
-from ._matching import match_labels, unasked
+from ._matching import match_labels, texts_by_id, unasked
 from ._scoring import grouped, mean_metric, mean_rows
 from ._sources import EVAL_ZIP
 
@@ -108,8 +108,7 @@ class SeedBench(Task):
     def export(self, folder: Path, split: str, answers: Sequence[Answer], output: Path) -> list[Path]:
         """The leaderboard's jsonl file."""
         path = folder / ANNOTATION_FILE
-        texts = {str(answer.question_id): answer.text for answer in answers}
-        records = upload_records(read_seed_annotations(path)[0], texts, "the answers")
+        records = upload_records(read_seed_annotations(path)[0], texts_by_id(answers), "the answers")
         return [write_json_lines(output / "seed_bench_upload.jsonl", records)]
 
 

@@ -10,7 +10,7 @@ from llava_saep.errors import UserError
 
 from ._base import Answer, Requirement, Task, TaskQuestion, TaskResult
 from ._files import ID, read_json, read_json_lines, read_task_questions, required, write_json
-from ._matching import match_labels
+from ._matching import match_labels, texts_by_id
 from ._scoring import grouped, mean_metric, mean_rows
 from ._sources import EVAL_ZIP, SHORT_ANSWER
 from ._vqa_answers import human_answers, normalize_vqa_answer, vqa_score
@@ -22,22 +22,24 @@ UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'U
 
 
 def upload_records(
-    questions: Sequence[Mapping[str, Any]], texts: Mapping[Any, str], place: str
+    questions: Sequence[Mapping[str, Any]], texts: Mapping[str, str], place: str
 ) -> list[dict[str, str]]:
     """The challenge's upload: a normalised answer per image, in the order of the question file.
 
+    Args:
+        texts: answer by question_id as a text.
     Raises:
         UserError: a question has no answer; an incomplete upload is refused by the challenge.
     """
     ids = [required(question, "question_id", place, ID) for question in questions]
-    missing = [each for each in ids if each not in texts]
+    missing = [each for each in ids if str(each) not in texts]
     if missing:
         raise UserError(
             f"{place}: {len(missing)} of {len(questions)} questions have no answer, the first one {missing[0]!r}; "
             "an upload must answer all"
         )
     return [
-        {"image": required(each, "image", place, str), "answer": normalize_vqa_answer(texts[each["question_id"]])}
+        {"image": required(each, "image", place, str), "answer": normalize_vqa_answer(texts[str(each["question_id"])])}
         for each in questions
     ]
 
@@ -96,9 +98,7 @@ class VizWiz(Task):
         if split != "test":
             return []
         path = folder / QUESTION_FILE
-        records = upload_records(
-            read_json_lines(path), {answer.question_id: answer.text for answer in answers}, str(path)
-        )
+        records = upload_records(read_json_lines(path), texts_by_id(answers), str(path))
         return [write_json(output / "vizwiz_test_upload.json", records)]
 
 

@@ -15,7 +15,7 @@ from llava_saep.errors import UserError
 
 from ._base import Answer, Requirement, Task, TaskQuestion, TaskResult
 from ._files import ID, read_json, read_json_lines, read_task_questions, required, write_json
-from ._matching import match_labels, unasked
+from ._matching import match_labels, texts_by_id, unasked
 from ._scoring import grouped, mean_metric, mean_rows
 from ._sources import COCO_IMAGES, EVAL_ZIP, SHORT_ANSWER
 from ._vqa_answers import human_answers, normalize_vqa_answer, vqa_score
@@ -26,10 +26,14 @@ VAL_QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
 VAL_ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
 
 
-def upload_records(question_ids: Sequence[Any], texts: Mapping[Any, str]) -> list[dict[str, Any]]:
-    """EvalAI's upload: a normalised answer per question of the test set, empty where there is none."""
+def upload_records(question_ids: Sequence[Any], texts: Mapping[str, str]) -> list[dict[str, Any]]:
+    """EvalAI's upload: a normalised answer per question of the test set, empty where there is none.
+
+    Args:
+        texts: answer by question_id as a text.
+    """
     return [
-        {"question_id": each, "answer": normalize_vqa_answer(texts[each]) if each in texts else ""}
+        {"question_id": each, "answer": normalize_vqa_answer(texts[str(each)]) if str(each) in texts else ""}
         for each in question_ids
     ]
 
@@ -73,9 +77,9 @@ class VQAv2(Task):
             raise UserError(f"vqav2:{split}: the labels are hidden; EvalAI scores the upload file (challenge 830)")
         path = folder / VAL_ANNOTATIONS
         records = required(read_json(path, dict), "annotations", str(path), list)
-        annotations = {required(record, "question_id", str(path), ID): record for record in records}
+        annotations = {str(required(record, "question_id", str(path), ID)): record for record in records}
         asked = self.questions(folder, split)
-        matched = match_labels(asked, answers, lambda question: annotations.get(question.question_id), str(path))
+        matched = match_labels(asked, answers, lambda question: annotations.get(str(question.question_id)), str(path))
         scores = [
             _annotation_score(annotation, text, str(path))
             for annotation, text in zip(matched.labels, matched.texts, strict=True)
@@ -86,7 +90,7 @@ class VQAv2(Task):
             split=split,
             metrics=(mean_metric("accuracy", scores),),
             rows=mean_rows(grouped(types, scores)),
-            exclusions=matched.exclusions + unasked(annotations, (q.question_id for q in asked), path),
+            exclusions=matched.exclusions + unasked(annotations, (str(q.question_id) for q in asked), path),
         )
 
     def export(self, folder: Path, split: str, answers: Sequence[Answer], output: Path) -> list[Path]:
@@ -96,7 +100,7 @@ class VQAv2(Task):
         question_ids = [
             required(record, "question_id", TEST_FILE, ID) for record in read_json_lines(folder / TEST_FILE)
         ]
-        records = upload_records(question_ids, {answer.question_id: answer.text for answer in answers})
+        records = upload_records(question_ids, texts_by_id(answers))
         return [write_json(output / f"vqav2_{split}_upload.json", records)]
 
 

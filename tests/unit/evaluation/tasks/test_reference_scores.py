@@ -22,6 +22,7 @@ from llava_saep.evaluation.tasks import (
     vqav2,
 )
 from llava_saep.evaluation.tasks._files import read_answer_file, read_answers, read_json_lines
+from llava_saep.evaluation.tasks._matching import texts_by_id
 from llava_saep.evaluation.tasks._vqa_answers import (
     human_agreement,
     normalize_vqa_answer,
@@ -139,16 +140,16 @@ def test_vqav2_upload_equals_llavas():
     folder = INPUTS / "vqav2"
     ids = [record["question_id"] for record in read_json_lines(folder / vqav2.TEST_FILE)]
     file = read_answer_file(folder / "answers" / "s" / "ck" / "merge.jsonl")
-    texts = {answer.question_id: answer.text for answer in file.answers}
+    texts = texts_by_id(file.answers)
     assert vqav2.upload_records(ids, texts) == REFERENCE["vqav2_convert"]["output"]
     assert f"error_line: {file.num_broken_lines}\n" in REFERENCE["vqav2_convert"]["stdout"]
 
 
 def test_vizwiz_upload_equals_llavas():
     questions = read_json_lines(INPUTS / "vizwiz" / "ann.jsonl")
-    texts = {answer.question_id: answer.text for answer in read_answers(INPUTS / "vizwiz" / "res.jsonl")}
+    texts = texts_by_id(read_answers(INPUTS / "vizwiz" / "res.jsonl"))
     assert vizwiz.upload_records(questions, texts, "file") == REFERENCE["vizwiz_convert"]["output"]
-    incomplete = {answer.question_id: answer.text for answer in read_answers(INPUTS / "vizwiz" / "res_missing.jsonl")}
+    incomplete = texts_by_id(read_answers(INPUTS / "vizwiz" / "res_missing.jsonl"))
     with pytest.raises(UserError, match="file: 2 of 3 questions have no answer, the first one 2"):
         vizwiz.upload_records(questions, incomplete, "file")
 
@@ -159,7 +160,7 @@ def test_mmvet_results_equal_llavas():
 
 def test_seed_bench_upload_equals_llavas():
     annotations, _ = seed_bench.read_seed_annotations(INPUTS / "seed" / "seed.json")
-    texts = {str(answer.question_id): answer.text for answer in read_answers(INPUTS / "seed" / "pred.jsonl")}
+    texts = texts_by_id(read_answers(INPUTS / "seed" / "pred.jsonl"))
     assert seed_bench.upload_records(annotations, texts, "file") == REFERENCE["seed"]["output"]
     with pytest.raises(UserError, match="1 of 12 questions have no answer, the first one '111'"):
         seed_bench.upload_records(annotations, {k: v for k, v in texts.items() if k != "111"}, "file")
@@ -179,7 +180,7 @@ def test_seed_bench_scores_equal_llavas(tmp_path):
 
 def test_mmbench_upload_equals_llavas():
     rows = mmbench.read_table(INPUTS / "mmbench" / "dev.tsv")
-    predictions = {answer.question_id: answer.text for answer in read_answers(INPUTS / "mmbench" / "exp.jsonl")}
+    predictions = mmbench.predictions_by_index(read_answers(INPUTS / "mmbench" / "exp.jsonl"))
     header, *table = mmbench.upload_table(rows, predictions)
     assert header == REFERENCE["mmbench_convert"]["columns"]
     # An empty answer is an empty cell, which reads back as nothing.

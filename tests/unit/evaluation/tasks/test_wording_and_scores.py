@@ -235,6 +235,7 @@ def test_an_image_in_a_table_that_is_none_is_named_by_its_place(tmp_path):
         ("index\tquestion\n1\tWhat?\n", "lacks the columns A, image; is it MMBench's table?"),
         ("index\tquestion\tA\timage\n1\tWhat?\tx\n", "line 2: has not 4 cells, as the first line"),
         ("index\tquestion\tA\timage\nfirst\tWhat?\tx\ty\n", "line 2: index must be a number, found 'first'"),
+        ("index\tquestion\tA\timage\n²\tWhat?\tx\ty\n", "line 2: index must be a number, found '²'"),
     ],
 )
 def test_a_damaged_table_is_refused(tmp_path, text, message):
