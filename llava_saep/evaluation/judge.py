@@ -24,6 +24,7 @@ from llava_saep.errors import UserError
 from llava_saep.evaluation.answer_files import claimed, json_line, rewrite
 from llava_saep.evaluation.fingerprints import text_fingerprint
 from llava_saep.evaluation.tasks import JudgeRequest, Review
+from llava_saep.evaluation.words import encodable
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +174,7 @@ def _reply_text(response: httpx.Response) -> str:
         raise _Retry(f"a reply that is none of the protocol: {response.text[:200]!r}") from error
     if not isinstance(text, str) or not text.strip():
         raise _Retry("an empty reply")
-    return text
+    return encodable(text)
 
 
 def find_api_key(key_file: str | None, environment: Mapping[str, str] = os.environ) -> str | None:

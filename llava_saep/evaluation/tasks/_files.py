@@ -10,6 +10,7 @@ from typing import Any
 
 from llava_saep.errors import UserError
 from llava_saep.evaluation.questions import NOT_JSON, as_task_question, read_questions
+from llava_saep.evaluation.words import encodable
 
 from ._base import Answer, TaskQuestion
 
@@ -141,7 +142,12 @@ def _answer(record: dict[str, Any], place: str) -> Answer:
     if "round_id" in record:
         required(record, "round_id", place, int)
     prompt = record.get("prompt", "")
-    return Answer(question_id=question_id, text=text, prompt=prompt if isinstance(prompt, str) else "", fields=record)
+    return Answer(
+        question_id=encodable(question_id) if isinstance(question_id, str) else question_id,
+        text=encodable(text),
+        prompt=encodable(prompt) if isinstance(prompt, str) else "",
+        fields=record,
+    )
 
 
 def read_task_questions(path: Path, image_folder: Path) -> list[TaskQuestion]:

@@ -51,6 +51,12 @@ def test_reviews_follow_the_order_of_the_requests_in_the_protocol_of_openai(endp
     assert "secret" not in repr(asked) + asked.description + (tmp_path / "reviews.jsonl").read_text()
 
 
+def test_half_of_a_surrogate_pair_in_a_reply_costs_no_review(endpoint, tmp_path):
+    endpoint.respond = lambda text, times: chat_reply("8 6 \ud83d \U0001f600")
+    reviews = review_answers(requests("a"), judge(endpoint), tmp_path / "r.jsonl", line)
+    assert contents(reviews) == ["8 6 \ufffd \U0001f600"]
+
+
 def test_no_system_message_is_sent_where_there_is_none(endpoint, tmp_path):
     (request,) = requests("a")
     request = JudgeRequest(**{**request.__dict__, "system": ""})

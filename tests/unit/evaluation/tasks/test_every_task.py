@@ -10,7 +10,7 @@ import pytest
 
 from llava_saep.errors import UserError
 from llava_saep.evaluation.tasks import EmbeddedImage, JudgedTask, find_task, select_tasks, task_names
-from llava_saep.evaluation.tasks._files import write_json, write_json_lines
+from llava_saep.evaluation.tasks._files import read_answers, write_json, write_json_lines
 from tests.fixtures.benchmarks import answers_to, write_sample
 
 SPLITS = [(name, split) for name in task_names() for split in find_task(name).splits]
@@ -190,6 +190,17 @@ def test_ids_may_be_numbers_in_one_file_and_texts_in_the_other(sample, split):
         assert uploads[0] == uploads[1]
     if (task.name, split) in SCORED:
         assert task.score(folder, split, as_texts) == task.score(folder, split, answers)
+
+
+@over_splits(SPLITS)
+def test_half_of_a_surrogate_pair_in_an_answer_is_no_reason_to_stop(sample, split):
+    """JSON can escape one alone, as a program that cuts texts by UTF-16 units does; no file can hold it."""
+    task, folder, right = sample
+    answers = answers_to(task.name, folder, split, right[split])
+    lines = [{**each.fields, "prompt": each.prompt, "text": "cut \ud83d"} for each in answers]
+    read = read_answers(write_json_lines(folder / "answers.jsonl", lines))
+    assert [each.text for each in read] == ["cut \ufffd"] * len(answers)
+    assert all("\ud83d" not in str(each) for each in written_files(task, folder, split, read, folder / "out").values())
 
 
 @over_splits(SPLITS)
