@@ -25,6 +25,7 @@ from llava_saep.evaluation.results import (
 )
 from llava_saep.evaluation.runner import Answers, BadImagePolicy, answer_questions, check_images
 from llava_saep.evaluation.tasks import Answer, JudgedTask, Task, TaskQuestion, TaskResult, TaskSplit
+from llava_saep.evaluation.tasks._matching import match_answers
 
 if TYPE_CHECKING:
     from llava_saep.generation import GenerationOptions
@@ -231,7 +232,15 @@ def _score(
         outcome.notes.append(
             f"only the first {settings.limit} questions: not this benchmark's number, and no upload files"
         )
+    if outcome.result is None:
+        outcome.notes += _misfit_notes(task.questions(folder, split), answers)
     return outcome
+
+
+def _misfit_notes(questions: Sequence[TaskQuestion], answers: Sequence[Answer]) -> list[str]:
+    """What an upload file, or a later score, lacks or leaves out; a score says it itself."""
+    exclusions = match_answers(questions, answers).exclusions
+    return [f"{each.count} {each.reason}, the first one {each.examples[0]}" for each in exclusions]
 
 
 def _score_labelled(
@@ -276,7 +285,9 @@ def _judge(
         description = f"{selected.label}, judge"
         reviews = review_answers(requests, settings.judge, path, task.review_line, description=description)
         outcome.num_failed_judge_requests = reviews.num_failed
-        outcome.result = task.score_reviews(folder, selected.split, reviews.lines)
+        result = task.score_reviews(folder, selected.split, reviews.lines)
+        misfits = task.misfits(folder, selected.split, answers)
+        outcome.result = dataclasses.replace(result, exclusions=result.exclusions + misfits)
     except UserError as error:
         if scores_are_due:
             raise

@@ -246,6 +246,14 @@ class JudgedTask(Task):
         """The line of the review file, in the benchmark's published format; unreadable replies get LLaVA's -1."""
 
     @abstractmethod
+    def misfits(self, folder: Path, split: str, answers: Sequence[Answer]) -> tuple[Exclusion, ...]:
+        """What of answers and annotations belongs to no question, or is replaced; `score_reviews` counts the missing.
+
+        Raises:
+            UserError: as `judge_requests`.
+        """
+
+    @abstractmethod
     def score_reviews(self, folder: Path, split: str, lines: Sequence[Mapping[str, Any]]) -> TaskResult:
         """Sum up the lines of a review file; failed, unreadable and missing reviews are counted in the exclusions."""
 

@@ -19,10 +19,16 @@ L = TypeVar("L")
 
 @dataclass(frozen=True)
 class MatchedAnswers:
-    """One entry per question, None where there is no answer; and what did not fit."""
+    """One entry per question, None where there is no answer; how many of these there are, and what did not fit."""
 
     answers: tuple[Answer | None, ...]
-    exclusions: tuple[Exclusion, ...]
+    missing: Exclusion | None
+    misfits: tuple[Exclusion, ...]
+
+    @property
+    def exclusions(self) -> tuple[Exclusion, ...]:
+        """Questions without an answer, and answers that do not fit."""
+        return collect_exclusions(self.missing, *self.misfits)
 
     @property
     def texts(self) -> list[str | None]:
@@ -54,8 +60,8 @@ def match_answers(questions: Sequence[TaskQuestion], answers: Sequence[Answer]) 
     reworded = [q for q, answer in pairs if answer is not None and answer.prompt not in ("", q.prompt)]
     return MatchedAnswers(
         matched,
+        exclusion("questions without an answer", "counted as wrong", (q.question_id for q in missing)),
         collect_exclusions(
-            exclusion("questions without an answer", "counted as wrong", (q.question_id for q in missing)),
             exclusion("answers that a later one replaces", "ignored", (a.question_id for a in doubled)),
             exclusion("answers to no question", "ignored", (a.question_id for a in unknown)),
             exclusion("answers to another wording", "scored all the same", (q.question_id for q in reworded)),

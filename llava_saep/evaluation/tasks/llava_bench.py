@@ -19,6 +19,7 @@ from ._base import (
     LONG_ANSWER_TOKENS,
     Answer,
     CategoryRow,
+    Exclusion,
     JudgedTask,
     JudgeRequest,
     Metric,
@@ -28,7 +29,7 @@ from ._base import (
     TaskResult,
 )
 from ._files import read_answers, read_json_lines, read_task_questions, required
-from ._matching import collect_exclusions, exclusion, match_answers, unreviewed
+from ._matching import collect_exclusions, exclusion, match_answers, unasked, unreviewed
 from ._scoring import grouped
 
 QUESTION_FILE = "questions.jsonl"
@@ -182,6 +183,13 @@ class LlavaBench(JudgedTask):
         """LLaVA's review line; a reply without two numbers, or none at all, gets -1 twice."""
         points = UNREADABLE if review.reply is None else parse_points(review.reply)
         return {**review.record, "content": review.reply, "tuple": list(points)}
+
+    def misfits(self, folder: Path, split: str, answers: Sequence[Answer]) -> tuple[Exclusion, ...]:
+        """Answers that do not fit, and answers of the reference to questions that are not asked."""
+        path, questions = folder / REFERENCE_FILE, self.questions(folder, split)
+        referenced = dict.fromkeys(str(answer.question_id) for answer in read_answers(path))
+        asked = (str(question.question_id) for question in questions)
+        return match_answers(questions, answers).misfits + unasked(referenced, asked, path)
 
     def score_reviews(self, folder: Path, split: str, lines: Sequence[Mapping[str, Any]]) -> TaskResult:
         """Relative score and mean points, overall and per category."""

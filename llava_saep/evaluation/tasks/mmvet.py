@@ -15,6 +15,7 @@ from llava_saep.errors import UserError
 from ._base import (
     LONG_ANSWER_TOKENS,
     Answer,
+    Exclusion,
     JudgedTask,
     JudgeRequest,
     Requirement,
@@ -23,7 +24,7 @@ from ._base import (
     TaskResult,
 )
 from ._files import read_json, read_task_questions, required, write_json
-from ._matching import collect_exclusions, exclusion, match_answers, unreviewed
+from ._matching import collect_exclusions, exclusion, match_answers, unasked, unreviewed
 from ._scoring import mean_metric, mean_rows
 from ._sources import EVAL_ZIP
 
@@ -134,6 +135,12 @@ class MMVet(JudgedTask):
         """The question's id and abilities, the judge's reply and the score (None: failed or no score)."""
         score = None if review.reply is None else parse_score(review.reply)
         return {**review.record, "question_id": review.question_id, "content": review.reply, "score": score}
+
+    def misfits(self, folder: Path, split: str, answers: Sequence[Answer]) -> tuple[Exclusion, ...]:
+        """Answers that do not fit, and entries of mm-vet.json that no question asks."""
+        path, questions = folder / ANNOTATION_FILE, self.questions(folder, split)
+        asked = (f"v1_{question.question_id}" for question in questions)
+        return match_answers(questions, answers).misfits + unasked(read_json(path, dict), asked, path)
 
     def score_reviews(self, folder: Path, split: str, lines: Sequence[Mapping[str, Any]]) -> TaskResult:
         """Mean score, overall and per ability; lines without a score are left out and counted."""

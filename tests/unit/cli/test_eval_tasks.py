@@ -456,6 +456,43 @@ def test_answers_without_their_prompts_are_rated(data_dir):
     ]
 
 
+def answers_that_do_not_fit(data_dir, ids):
+    """Answers to these questions, one to the last of them again, and one to no question; flags that name the file."""
+    lines = [{"question_id": each, "text": f"a dog {number}"} for number, each in enumerate([*ids, ids[-1], "nope"])]
+    answers = write_lines(data_dir.parent / "answers.jsonl", lines)
+    return ["--answers", str(answers), "--data-dir", str(data_dir), "--output-dir", str(data_dir.parent / "out")]
+
+
+def test_answers_that_do_not_fit_are_reported_where_a_judge_rates(data_dir):
+    path = data_dir / "mm-vet" / "llava-mm-vet.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))  # the third entry is not asked
+    with running_endpoint() as endpoint:
+        endpoint.respond = lambda text, times: chat_reply("1.0")
+        flags = [*answers_that_do_not_fit(data_dir, [1]), "--judge-url", endpoint.url, "--judge-model", "rater"]
+        assert main(["eval", "--task", "mmvet", *flags]) == 0
+    entry = json.loads((data_dir.parent / "out" / "mmvet" / "result.json").read_text())
+    assert [(each["reason"], each["count"], each["examples"]) for each in entry["result"]["exclusions"]] == [
+        ("questions without a review", 1, ["0"]),
+        ("answers that a later one replaces", 1, ["1"]),
+        ("answers to no question", 1, ["nope"]),
+        ("annotations in mm-vet.json of no question", 1, ["v1_2"]),
+    ]
+
+
+def test_answers_that_do_not_fit_are_said_where_nothing_is_scored(tmp_path, capsys):
+    """An upload to VQAv2 has empty answers where there are none, so that a server's score is low for no reason."""
+    write_sample("vqav2", tmp_path / "data" / "vqav2")
+    flags = answers_that_do_not_fit(tmp_path / "data", [11])
+    assert main(["eval", "--task", "vqav2", *flags]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for words in (
+        "1 questions without an answer, the first one 10",
+        "1 answers that a later one replaces, the first one 11",
+        "1 answers to no question, the first one nope",
+    ):
+        assert f"vqav2:test-dev: {words}" in lines
+
+
 def test_answer_file_is_of_one_set_of_questions(tmp_path, capsys):
     message = mistake(capsys, "--task", "pope,gqa", "--answers", tmp_path / "a.jsonl")
     assert "--answers is one file of one set of questions" in message

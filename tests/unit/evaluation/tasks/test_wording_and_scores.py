@@ -488,6 +488,18 @@ def test_llava_bench_leaves_unanswered_questions_and_failed_reviews_out_and_coun
     ]
 
 
+def test_llava_bench_reports_answers_of_the_reference_to_no_question(ask):
+    task, folder, _ = ask("llava_bench", "test")
+    answers = answers_to("llava_bench", folder, "test", ["a", "b", "c"])
+    assert task.misfits(folder, "test", answers) == ()
+    path = folder / "questions.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    assert [(each.reason, each.count, each.examples) for each in task.misfits(folder, "test", answers)] == [
+        ("answers to no question", 1, ("2",)),
+        ("annotations in answers_gpt4.jsonl of no question", 1, ("2",)),
+    ]
+
+
 def test_spatial_scenes_score_the_last_words_beside_a_constant_answer(ask):
     _, _, score = ask("spatial_scenes", "held_out")
     result = score("the 7 is left, so yes", "top left is 8", "so yes")
