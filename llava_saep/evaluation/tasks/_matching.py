@@ -40,17 +40,19 @@ def match_answers(questions: Sequence[TaskQuestion], answers: Sequence[Answer]) 
     """Give each question its answer.
 
     By id and round where these are unique, else by the prompt too: TextVQA and MME have several questions per id. Of
-    several answers to one question the last one counts, as in LLaVA's scorers.
+    several answers to one question the last one counts, as in LLaVA's scorers; but where some have the question's own
+    prompt or none, those with another one are to a question that is not asked (one about the same image).
     """
     ids_suffice = len({_short_key(question.key) for question in questions}) == len(questions)
     key_of = _short_key if ids_suffice else tuple
     waiting: dict[Hashable, list[Answer]] = defaultdict(list)
     for answer in answers:
         waiting[key_of(answer.key)].append(answer)
+    strangers = _take_out_other_wordings(questions, waiting) if ids_suffice else []
     wanted: dict[Hashable, int] = defaultdict(int)
     for question in questions:
         wanted[key_of(question.key)] += 1
-    unknown = [answer for answer in answers if key_of(answer.key) not in wanted]
+    unknown = [answer for answer in answers if key_of(answer.key) not in wanted] + strangers
     doubled = [answer for key, given in waiting.items() if key in wanted for answer in given[: -wanted[key]]]
     kept = {key: list(reversed(given[-wanted[key] :])) for key, given in waiting.items() if key in wanted}
     matched = tuple(kept[key].pop() if kept.get(key := key_of(question.key)) else None for question in questions)
@@ -67,6 +69,19 @@ def match_answers(questions: Sequence[TaskQuestion], answers: Sequence[Answer]) 
             exclusion("answers to another wording", "scored all the same", (q.question_id for q in reworded)),
         ),
     )
+
+
+def _take_out_other_wordings(questions: Sequence[TaskQuestion], waiting: dict[Hashable, list[Answer]]) -> list[Answer]:
+    """Answers to other prompts than the question's where there are some to its own; takes them out of `waiting`."""
+    taken = []
+    for question in questions:
+        key = _short_key(question.key)
+        given = waiting.get(key, [])
+        own = [answer for answer in given if answer.prompt in ("", question.prompt)]
+        if own and len(own) < len(given):
+            taken += [answer for answer in given if answer.prompt not in ("", question.prompt)]
+            waiting[key] = own
+    return taken
 
 
 def _short_key(key: tuple[str, str, int]) -> tuple[str, int]:

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from llava_saep.errors import UserError
+from llava_saep.evaluation.benchmarks import first_questions
 from llava_saep.evaluation.tasks import (
     Answer,
     Review,
@@ -294,6 +295,18 @@ def test_annotations_that_are_not_asked_are_reported(ask, name, split, question_
         path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
     reasons = [(each.count, each.effect) for each in task.score(folder, split, answers[1:]).exclusions]
     assert reasons == [(1, "left out")]
+
+
+@pytest.mark.parametrize(("name", "split"), [("textvqa", "val_ocr"), ("mme", "test")])
+def test_first_question_about_an_image_takes_no_answer_to_its_second(ask, name, split):
+    """Both have the image for an id, which is unique where only the first is asked, as with --limit 1."""
+    task, folder, _ = ask(name, split)
+    answers = answers_to(name, folder, split, write_sample(name, folder)[split])
+    result = first_questions(task, 1).score(folder, split, answers)
+    assert result.metrics[0].value == (200 if name == "mme" else 1)
+    reasons = {each.reason: each.count for each in result.exclusions}
+    assert reasons["answers to no question"] == len(answers) - 1
+    assert not {"answers that a later one replaces", "answers to another wording"} & set(reasons)
 
 
 @pytest.mark.parametrize(
