@@ -112,10 +112,14 @@ def label_questions(
 
     Returns:
         a label per question, None where no annotation fits; and the annotations that belong to no question, as texts.
+    Raises:
+        UserError: an annotation is malformed, or its label neither yes nor no, which LLaVA takes for a yes.
     """
     waiting: dict[tuple[str, str], list[str]] = defaultdict(list)
     for annotation in annotations:
         image, text, label = (required(annotation, name, place, str) for name in ("image", "text", "label"))
+        if label not in ("yes", "no"):
+            raise UserError(f"{place}: label must be yes or no, found {label!r}")
         waiting[image, _bare(text)].append(label)
     labels = [waiting[image, _bare(text)].pop(0) if waiting[image, _bare(text)] else None for image, text in questions]
     left = [f"{image}: {text}" for (image, text), unused in waiting.items() for _ in unused]
@@ -174,6 +178,7 @@ class Pope(Task):
             metrics=_mean_metrics(counts),
             rows=tuple(CategoryRow(category=name, metrics=_metrics(each)) for name, each in counts.items()),
             exclusions=tuple(exclusions),
+            notes=_notes(counts),
         )
 
 
@@ -224,6 +229,11 @@ def _mean_metrics(counts: Mapping[str, YesNoCounts]) -> tuple[Metric, ...]:
     }
     n = sum(each.num_questions for each in counts.values())
     return tuple(Metric(name=name, value=_mean(each), n=n) for name, each in values.items())
+
+
+def _notes(counts: Mapping[str, YesNoCounts]) -> tuple[str, ...]:
+    missing = [name for name in CATEGORIES if name not in counts]
+    return (f"sets without a question, which the means are without: {', '.join(missing)}",) if missing else ()
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -148,6 +148,25 @@ def test_pope_labels_belong_to_questions_and_not_to_lines(ask):
         score(*right)
 
 
+def test_pope_says_which_set_its_means_are_without(ask):
+    _, folder, score = ask("pope", "test")
+    assert score(*["Yes", "No", "Yes"] * 3).notes == ()
+    path = folder / "llava_pope_test.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[3:]))
+    result = score(*["Yes", "No", "Yes"] * 2)
+    assert result.metrics[0].n == 6
+    assert result.notes == ("sets without a question, which the means are without: random",)
+
+
+def test_pope_takes_no_label_that_is_neither_yes_nor_no(ask):
+    """LLaVA counts `No` as a yes: precision and recall would be of something else."""
+    _, folder, score = ask("pope", "test")
+    path = folder / "coco" / "coco_pope_random.json"
+    path.write_text(path.read_text().replace('"no"', '"No"'))
+    with pytest.raises(UserError, match="coco_pope_random.json: label must be yes or no, found 'No'"):
+        score(*["Yes"] * 9)
+
+
 def test_pope_counts_an_unanswered_yes_as_not_found():
     counts = pope.count_yes_no(["yes", None, "no", None], ["yes", "yes", "no", "no"])
     assert (counts.accuracy, counts.precision, counts.recall, counts.yes_ratio) == (0.5, 1, 0.5, 0.5)
