@@ -15,7 +15,7 @@ from llava_saep.evaluation.answer_files import Record
 from llava_saep.evaluation.asking import AskedModel
 from llava_saep.evaluation.fingerprints import file_fingerprint, files_fingerprints, questions_fingerprint
 from llava_saep.evaluation.judge import Judge, review_answers
-from llava_saep.evaluation.requirements import check_requirements, missing_requirements, task_folder
+from llava_saep.evaluation.requirements import all_questions, check_requirements, missing_requirements, task_folder
 from llava_saep.evaluation.results import (
     collect_results,
     describe_program,
@@ -125,7 +125,7 @@ def score_answer_file(selected: TaskSplit, answers: Sequence[Answer], path: Path
     task = first_questions(selected.task, settings.limit)
     folder = task_folder(settings.data_dir, selected)
     check_requirements(settings.data_dir, [selected], purposes=["questions"])
-    questions = task.questions(folder, selected.split)
+    questions = all_questions(task, folder, selected.split)
     outcome = _score(TaskSplit(task, selected.split), answers, settings, scores_are_due=True)
     model_ids = sorted({str(answer.fields.get("model_id", "unknown")) for answer in answers})
     import torch
@@ -158,7 +158,7 @@ def check_benchmarks(tasks: Sequence[TaskSplit], settings: BenchmarkSettings) ->
     check_requirements(settings.data_dir, tasks)
     for selected in tasks:
         task = first_questions(selected.task, settings.limit)
-        questions = task.questions(task_folder(settings.data_dir, selected), selected.split)
+        questions = all_questions(task, task_folder(settings.data_dir, selected), selected.split)
         if settings.on_bad_image != "exclude":
             check_images(questions)
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from llava_saep.errors import UserError
 from llava_saep.evaluation.runner import absent_images
-from llava_saep.evaluation.tasks import Requirement, TaskSplit
+from llava_saep.evaluation.tasks import Requirement, Task, TaskQuestion, TaskSplit
 
 PURPOSES = {"questions": "nothing can be asked", "images": "nothing can be asked", "score": "answers cannot be scored"}
 """What does not work without a file, by its purpose."""
@@ -29,6 +29,19 @@ class Finding:
 def task_folder(data_dir: Path, selected: TaskSplit) -> Path:
     """Where a benchmark's files are in LLaVA's layout."""
     return data_dir / selected.task.folder_name
+
+
+def all_questions(task: Task, folder: Path, split: str) -> list[TaskQuestion]:
+    """The questions of a split, of which there must be some.
+
+    Raises:
+        UserError: as `Task.questions`, or the file holds none.
+    """
+    questions = task.questions(folder, split)
+    if not questions:
+        files = [each.path for each in task.requirements(folder, split) if each.purpose == "questions"]
+        raise UserError(f"{files[0]}: holds no questions; is the file complete?")
+    return questions
 
 
 def missing_requirements(data_dir: Path, selected: TaskSplit) -> list[Requirement]:
@@ -75,7 +88,7 @@ def examine(data_dir: Path, selected: TaskSplit) -> list[Finding]:
 def _examine_questions(folder: Path, selected: TaskSplit) -> Finding:
     """Read the questions, and count images that are not there."""
     try:
-        questions = selected.task.questions(folder, selected.split)
+        questions = all_questions(selected.task, folder, selected.split)
     except UserError as error:
         advice = "replace the file by the published one"
         return Finding(label=selected.label, level="missing", subject="questions", detail=str(error), advice=advice)

@@ -493,6 +493,28 @@ def test_answers_that_do_not_fit_are_said_where_nothing_is_scored(tmp_path, caps
         assert f"vqav2:test-dev: {words}" in lines
 
 
+@pytest.mark.parametrize(
+    ("name", "file", "content"),
+    [
+        ("mmbench", "mmbench_dev_20230712.tsv", "index\tquestion\tA\timage\n"),
+        ("vsr", "zeroshot/test.jsonl", "\n"),
+        ("vizwiz:val", "val.json", "[]"),
+        ("vqav2:val", "v2_OpenEnded_mscoco_val2014_questions.json", '{"questions": []}'),
+        ("scienceqa", "llava_test_CQM-A.json", "[]"),
+    ],
+)
+def test_file_without_questions_is_said_before_the_model_is_loaded(name, file, content, tmp_path, capsys):
+    task = find_task(name.partition(":")[0])
+    folder = tmp_path / task.folder_name
+    write_sample(task.name, folder)
+    (folder / file).write_text(content)
+    answers = write_lines(tmp_path / "answers.jsonl", [{"question_id": 1, "text": "A"}])
+    for flags in (["--answers", answers], ["--model-path", "absent", "--output-dir", tmp_path / "out"]):
+        message = mistake(capsys, "--task", name, "--data-dir", tmp_path, *flags)
+        assert f"{folder / file}: holds no questions" in message
+    assert main(["eval", "doctor", "--task", name, "--data-dir", str(tmp_path)]) == 1
+
+
 def test_answer_file_is_of_one_set_of_questions(tmp_path, capsys):
     message = mistake(capsys, "--task", "pope,gqa", "--answers", tmp_path / "a.jsonl")
     assert "--answers is one file of one set of questions" in message
