@@ -100,6 +100,13 @@ class VQAv2(Task):
         question_ids = [
             required(record, "question_id", TEST_FILE, ID) for record in read_json_lines(folder / TEST_FILE)
         ]
+        listed = set(map(str, question_ids))
+        absent = [q.question_id for q in self.questions(folder, split) if str(q.question_id) not in listed]
+        if absent:
+            raise UserError(
+                f"{folder / TEST_FILE}: lacks {len(absent)} questions of {QUESTION_FILES[split]}, the first one "
+                f"{absent[0]!r}; an upload lists all of the test set"
+            )
         records = upload_records(question_ids, texts_by_id(answers))
         return [write_json(output / f"vqav2_{split}_upload.json", records)]
 

@@ -81,6 +81,18 @@ def test_vqav2_upload_lists_the_whole_test_set(ask):
     ]
 
 
+@pytest.mark.parametrize("num_lines", [0, 1])
+def test_vqav2_upload_leaves_no_answer_out(ask, num_lines):
+    task, folder, _ = ask("vqav2", "test-dev")
+    answers = answers_to("vqav2", folder, "test-dev", ["A dog", "two"])
+    path = folder / "llava_vqav2_mscoco_test2015.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:num_lines]))
+    with pytest.raises(
+        UserError, match=rf"test2015.jsonl: lacks {2 - num_lines} questions of llava_vqav2_mscoco_test-"
+    ):
+        task.export(folder, "test-dev", answers, folder / "up")
+
+
 def test_gqa_is_exact_and_counts_forms_of_questions(ask):
     _, _, score = ask("gqa", "testdev_balanced")
     result = score("No...", "the car", "Dog")
