@@ -221,9 +221,12 @@ class MMBenchTask(Task):
             raise UserError(f"{self.name}:{split}: the labels are hidden; upload the xlsx file to MMBench's server")
         path = self._table(folder, split)
         truths = {int(row["index"] or 0): row.get("answer") for row in read_table(path)}
-        unlabelled = [index for index, truth in truths.items() if truth is None]
+        unlabelled = [index for index, truth in truths.items() if truth not in LETTERS]
         if unlabelled:
-            raise UserError(f"{path}: {len(unlabelled)} rows have no answer, the first one with index {unlabelled[0]}")
+            raise UserError(
+                f"{path}: the answer of {len(unlabelled)} rows is none of {', '.join(LETTERS)}, the first one "
+                f"with index {unlabelled[0]}: {truths[unlabelled[0]]!r}"
+            )
         questions = self.questions(folder, split)
         matched = match_answers(questions, answers)
         letters = [

@@ -260,6 +260,17 @@ def test_an_image_in_a_table_that_is_none_is_named_by_its_place(tmp_path):
     with pytest.raises(UserError, match="t.tsv, index 3, the embedded image: cannot be read"):
         question.images[0].open()
 
+@pytest.mark.parametrize("label", ["b", "", "2"])
+def test_mmbench_takes_no_label_that_is_no_letter(ask, label):
+    _, folder, score = ask("mmbench", "dev")
+    path = folder / "mmbench_dev_20230712.tsv"
+    path.write_text(path.read_text().replace("\tB\tspatial", f"\t{label}\tspatial"))
+    with pytest.raises(
+        UserError, match="dev_20230712.tsv: the answer of 2 rows is none of A, B, C, D, the first .* 7: "
+    ):
+        score("B", "A", "B")
+
+
 
 @pytest.mark.parametrize(
     ("text", "message"),
