@@ -111,7 +111,7 @@ def _outcome(
 
 
 def read_problems(folder: Path, split: str) -> tuple[dict[str, Any], list[str]]:
-    """The problems of ScienceQA's problems.json, and the ids of a split of its pid_splits.json.
+    """The problems of ScienceQA's problems.json, and the ids of a split of pid_splits.json, each once as LLaVA.
 
     Raises:
         UserError: a file is absent or malformed, or there is no such split.
@@ -120,7 +120,7 @@ def read_problems(folder: Path, split: str) -> tuple[dict[str, Any], list[str]]:
     ids = required(read_json(path, dict), split, str(path), list)
     if not all(isinstance(each, str) for each in ids):
         raise UserError(f"{path}: {split} must list ids as texts")
-    return read_json(folder / "problems.json", dict), ids
+    return read_json(folder / "problems.json", dict), list(dict.fromkeys(ids))
 
 
 def read_science_questions(path: Path, image_folder: Path, ask_for_letter: bool) -> list[TaskQuestion]:

@@ -121,6 +121,13 @@ def test_scienceqa_scores_questions_with_an_image_apart(ask):
     }
 
 
+def test_scienceqa_counts_a_problem_once_that_its_split_lists_twice(ask):
+    _, folder, score = ask("scienceqa", "test")
+    (folder / "pid_splits.json").write_text(json.dumps({"test": ["4", "5", "4"]}))
+    result = score("B", "C")
+    assert [(metric.value, metric.n) for metric in result.metrics] == [(1, 1), (1, 2)] and not result.exclusions
+
+
 def test_scienceqa_looks_for_a_letter_in_answers_that_are_there(ask):
     task, folder, _ = ask("scienceqa", "test")
     result = task.score(folder, "test", answers_to("scienceqa", folder, "test", ["no idea", "B"])[:1])
