@@ -139,8 +139,12 @@ def has_points(line: Mapping[str, Any]) -> bool:
 
 def _points(line: Mapping[str, Any]) -> tuple[float, float] | None:
     pair = line.get("tuple", line.get("score"))
-    is_pair = isinstance(pair, list) and len(pair) == 2 and all(isinstance(each, int | float) for each in pair)
+    is_pair = isinstance(pair, list) and len(pair) == 2 and all(_is_number(each) for each in pair)
     return None if not is_pair or tuple(pair) == UNREADABLE else (pair[0], pair[1])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 class LlavaBench(JudgedTask):

@@ -260,13 +260,6 @@ def test_mmbench_all_rounds_reads_letters_of_the_rotation(ask):
     assert score("B", "A", "C", "A", "C", "B", "B", "B").metrics[0].value == 0.5
 
 
-def test_an_image_in_a_table_that_is_none_is_named_by_its_place(tmp_path):
-    table = tmp_path / "t.tsv"
-    table.write_text("index\tquestion\tA\tB\timage\n3\tWhat?\tx\ty\tbm8gaW1hZ2U=\n")
-    (question,) = mmbench.table_questions(table)
-    with pytest.raises(UserError, match="t.tsv, index 3, the embedded image: cannot be read"):
-        question.images[0].open()
-
 @pytest.mark.parametrize("label", ["b", "", "2"])
 def test_mmbench_takes_no_label_that_is_no_letter(ask, label):
     _, folder, score = ask("mmbench", "dev")
@@ -277,6 +270,13 @@ def test_mmbench_takes_no_label_that_is_no_letter(ask, label):
     ):
         score("B", "A", "B")
 
+
+def test_an_image_in_a_table_that_is_none_is_named_by_its_place(tmp_path):
+    table = tmp_path / "t.tsv"
+    table.write_text("index\tquestion\tA\tB\timage\n3\tWhat?\tx\ty\tbm8gaW1hZ2U=\n")
+    (question,) = mmbench.table_questions(table)
+    with pytest.raises(UserError, match="t.tsv, index 3, the embedded image: cannot be read"):
+        question.images[0].open()
 
 
 @pytest.mark.parametrize(
@@ -521,7 +521,7 @@ def test_llava_bench_has_no_relative_score_where_the_reference_has_no_points():
     assert math.isnan(summary.line_numbers[0]) and summary.line_numbers[1:] == (0, 100)
 
 
-@pytest.mark.parametrize("pair", [5, [1], ["8", "6"], [1, 2, 3], {"a": 1}])
+@pytest.mark.parametrize("pair", [5, [1], ["8", "6"], [1, 2, 3], {"a": 1}, [math.nan, 6], [8, math.inf]])
 def test_damaged_points_of_a_review_are_none(pair):
     assert not llava_bench.has_points({"tuple": pair})
 
