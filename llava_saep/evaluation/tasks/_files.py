@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,20 +157,27 @@ def read_task_questions(path: Path, image_folder: Path) -> list[TaskQuestion]:
 
 
 def write_json(path: Path, content: Any, indent: int | None = None) -> Path:
-    """Write a JSON file, folders included, and return its path; errors as `_write_text`."""
-    return _write_text(path, json.dumps(content, indent=indent))
+    """Write a JSON file, folders included, and return its path; errors as `write_text`."""
+    return write_text(path, json.dumps(content, indent=indent))
 
 
 def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> Path:
-    """Write one JSON object per line, folders included, and return the path; errors as `_write_text`."""
-    return _write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+    """Write one JSON object per line, folders included, and return the path; errors as `write_text`."""
+    return write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
-def _write_text(path: Path, text: str) -> Path:
-    """Raise UserError where the file cannot be written."""
-    try:
+def write_text(path: Path, text: str) -> Path:
+    """Write a file, folders included, and return its path; errors as `writing`."""
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
+    return path
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise UserError where the file cannot be written."""
+    try:
+        yield
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error}); name another place") from error
-    return path

@@ -30,7 +30,7 @@ from ._base import (
     TaskQuestion,
     TaskResult,
 )
-from ._files import read_text
+from ._files import read_text, writing
 from ._matching import match_answers, texts_by_id
 from ._options import list_options, read_letter
 from ._scoring import grouped, mean_metric, mean_rows
@@ -172,16 +172,16 @@ def write_xlsx(path: Path, table: Sequence[Sequence[str | int | None]]) -> Path:
     """Write a table with texts as they are: none becomes a formula, a link or a number.
 
     Raises:
-        UserError: a text is longer than a cell can be.
+        UserError: a text is longer than a cell can be, or the file cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     for number, row in enumerate(table):
         too_long = [len(cell) for cell in row if isinstance(cell, str) and len(cell) > MAX_CELL_CHARACTERS]
         if too_long:
             raise UserError(
                 f"{path}, row {number}: a text of {too_long[0]} characters; a cell holds {MAX_CELL_CHARACTERS}"
             )
-    with xlsxwriter.Workbook(path) as workbook:
+    content = io.BytesIO()
+    with xlsxwriter.Workbook(content) as workbook:
         sheet = workbook.add_worksheet()
         for number, row in enumerate(table):
             for column, cell in enumerate(row):
@@ -189,6 +189,9 @@ def write_xlsx(path: Path, table: Sequence[Sequence[str | int | None]]) -> Path:
                     sheet.write_string(number, column, cell)
                 elif isinstance(cell, int):
                     sheet.write_number(number, column, cell)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.getvalue())
     return path
 
 

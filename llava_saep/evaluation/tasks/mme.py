@@ -14,7 +14,7 @@ from typing import Literal
 from llava_saep.errors import UserError
 
 from ._base import Answer, CategoryRow, Metric, Requirement, Task, TaskQuestion, TaskResult
-from ._files import read_task_questions, read_text
+from ._files import read_task_questions, read_text, write_text
 from ._matching import match_answers, match_labels, unasked
 from ._scoring import share_metric
 from ._sources import EVAL_ZIP
@@ -127,10 +127,7 @@ class MME(Task):
                 fields = (f"{stem}.txt", bare, labels[key].capitalize(), " ".join((text or "").split()))
                 lines.setdefault(kind, []).append("\t".join(fields) + "\n")
         target = output / "mme_results"
-        target.mkdir(parents=True, exist_ok=True)
-        for kind, texts_of_kind in lines.items():
-            (target / f"{kind}.txt").write_text("".join(texts_of_kind), encoding="utf-8")
-        return [target / f"{kind}.txt" for kind in lines]
+        return [write_text(target / f"{kind}.txt", "".join(own)) for kind, own in lines.items()]
 
 
 def _label_key(question: TaskQuestion) -> tuple[str, str, str]:

@@ -236,6 +236,17 @@ def test_place_that_cannot_be_written_to_is_said(tmp_path, write):
         write(tmp_path / "file" / "upload.json", [{}])
 
 
+@over_splits(SPLITS)
+def test_upload_that_cannot_be_written_is_said(sample, split):
+    """After hours of answering it is one note, and the scores are there."""
+    task, folder, right = sample
+    (folder / "file").write_text("")
+    answers = answers_to(task.name, folder, split, right[split])
+    if task.export(folder, split, answers, folder / "out"):
+        with pytest.raises(UserError, match="cannot be written .*; name another place"):
+            task.export(folder, split, answers, folder / "file")
+
+
 def test_tasks_are_selected_by_name_and_split():
     selected = select_tasks(["pope, textvqa", "mmbench:dev_all_rounds", "pope"])
     labels = ["pope", "textvqa:val_ocr", "textvqa:val_no_ocr", "mmbench:dev_all_rounds"]
