@@ -8,7 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava_saep.errors import UserError
 from llava_saep.evaluation.tasks._files import read_answers, write_json
+from llava_saep.evaluation.tasks._matching import id_misfits, texts_by_id
 from llava_saep.evaluation.tasks.gqa import prediction_records
 from llava_saep.program import AbbreviatingParser, run_program
 
@@ -20,6 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_flag("dst", required=True, help="file to write")
     arguments = parser.parse_args(argv)
     answers = read_answers(Path(arguments.src).expanduser())
+    if not answers:
+        raise UserError(f"{arguments.src}: holds no answers")
+    for words in id_misfits((str(answer.question_id) for answer in answers), texts_by_id(answers)):
+        print(words, file=sys.stderr)
     write_json(Path(arguments.dst).expanduser(), prediction_records(answers))
     return 0
 

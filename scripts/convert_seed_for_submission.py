@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_saep.evaluation.tasks._files import read_answers, write_json_lines
-from llava_saep.evaluation.tasks._matching import texts_by_id
+from llava_saep.evaluation.tasks._matching import id_misfits, texts_by_id
 from llava_saep.evaluation.tasks.seed_bench import read_seed_annotations, upload_records
 from llava_saep.program import AbbreviatingParser, run_program
 
@@ -33,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print_accuracy("Total accuracy", questions, texts)
     for medium in ("image", "video"):
         print_accuracy(f"{medium} accuracy", [each for each in questions if each["data_type"] == medium], texts)
+    asked = {str(question["question_id"]) for question in questions}
+    for words in id_misfits((str(answer.question_id) for answer in answers), asked):
+        print(words, file=sys.stderr)
     records = upload_records(questions, texts, arguments.result_file)
     write_json_lines(Path(arguments.result_upload_file).expanduser(), records)
     return 0

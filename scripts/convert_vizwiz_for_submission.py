@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava_saep.errors import UserError
 from llava_saep.evaluation.tasks._files import read_answer_file, read_json_lines, write_json
-from llava_saep.evaluation.tasks._matching import texts_by_id
+from llava_saep.evaluation.tasks._matching import id_misfits, texts_by_id
 from llava_saep.evaluation.tasks.vizwiz import upload_records
 from llava_saep.program import AbbreviatingParser, run_program
 
@@ -25,8 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = read_answer_file(Path(arguments.result_file).expanduser())
     texts = texts_by_id(source.answers)
     questions = read_json_lines(Path(arguments.annotation_file).expanduser())
+    if not questions:
+        raise UserError(f"{arguments.annotation_file}: holds no questions; is the file complete?")
     print(f"total results: {len(texts)}, total split: {len(questions)}, error_line: {source.num_broken_lines}")
     records = upload_records(questions, texts, arguments.result_file)
+    asked = {str(question["question_id"]) for question in questions}
+    for words in id_misfits((str(answer.question_id) for answer in source.answers), asked):
+        print(words, file=sys.stderr)
     write_json(Path(arguments.result_upload_file).expanduser(), records)
     return 0
 

@@ -9,7 +9,8 @@ line, and a ratio that would divide by zero is `nan`. What does not fit together
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from llava_saep.errors import UserError
@@ -55,6 +56,14 @@ def print_exclusions(exclusions: Iterable[Exclusion]) -> None:
         print(f"{each.count} {each.reason}, {each.effect} (as {', '.join(each.examples)})", file=sys.stderr)
 
 
+def _report_unlabelled(num_questions: Mapping[str, int], label_files: Iterable[Path]) -> None:
+    labelled = {path.stem.removeprefix(PREFIX) for path in label_files}
+    for category, number in num_questions.items():
+        if category not in labelled:
+            words = f"{number} questions are left out: there is no {PREFIX}{category}.json in --annotation-dir"
+            print(words, file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Score; returns the exit code.
 
@@ -68,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     label_files = sorted(Path(arguments.annotation_dir).expanduser().glob(f"{PREFIX}*.json"))
     if not label_files:
         raise UserError(f"--annotation-dir {arguments.annotation_dir}: has no file named {PREFIX}<category>.json")
+    _report_unlabelled(Counter(question.category for question in questions), label_files)
     for path in label_files:
         category = path.stem.removeprefix(PREFIX)
         pairs = [

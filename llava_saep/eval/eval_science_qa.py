@@ -9,12 +9,12 @@ over; their numbers go to standard error.
 
 import argparse
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llava_saep.evaluation.tasks._files import read_answers, write_json
+from llava_saep.evaluation.tasks._matching import id_misfits
 from llava_saep.evaluation.tasks.scienceqa import LETTERS, ScienceOutcome, judge_problems, read_problems
 from llava_saep.program import AbbreviatingParser, run_program
 
@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = read_answers(Path(arguments.result_file).expanduser())
     answers = {str(answer.question_id): answer for answer in given}
     outcomes = judge_problems(problems, ids, answers, str(folder / "problems.json"), arguments.options)
-    _report_misfits([str(answer.question_id) for answer in given], ids)
+    for words in id_misfits((str(answer.question_id) for answer in given), ids):
+        print(words, file=sys.stderr)
     right = [outcome for outcome in outcomes if outcome.is_right]
     print(
         f"Total: {len(outcomes)}, Correct: {len(right)}, Accuracy: {_percent(outcomes)}, "
@@ -83,19 +84,6 @@ def _analysis(outcome: ScienceOutcome, letters: Sequence[str]) -> dict[str, Any]
         "pred": outcome.prediction,
         "is_multimodal": outcome.has_image,
     }
-
-
-def _report_misfits(answered: Sequence[str], ids: Sequence[str]) -> None:
-    asked = set(ids)
-    counts = Counter(answered)
-    misfits = {
-        "questions without an answer, counted as wrong": len(asked - set(answered)),
-        "answers that a later one replaces": sum(number - 1 for each, number in counts.items() if each in asked),
-        "answers to no question of the split": sum(number for each, number in counts.items() if each not in asked),
-    }
-    for reason, number in misfits.items():
-        if number:
-            print(f"{number} {reason}", file=sys.stderr)
 
 
 if __name__ == "__main__":

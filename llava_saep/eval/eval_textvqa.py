@@ -2,7 +2,8 @@
 
 python -m llava_saep.eval.eval_textvqa --annotation-file TextVQA_0.5.1_val.json --result-file answers.jsonl
 
-Questions are told apart by their words in `prompt`. Every line of an answer file counts, as in LLaVA's.
+Questions are told apart by their words in `prompt`. Every line of an answer file counts, nothing else, as in LLaVA's;
+how many questions have no answer, or several, goes to standard error.
 """
 
 import argparse
@@ -11,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_saep.errors import UserError
+from llava_saep.evaluation.tasks import Answer
 from llava_saep.evaluation.tasks._files import read_answers
-from llava_saep.evaluation.tasks.textvqa import Annotations, read_annotations, score_answer
+from llava_saep.evaluation.tasks.textvqa import Annotations, annotation_key, read_annotations, score_answer
 from llava_saep.program import AbbreviatingParser, run_program
 
 NAME = "llava_saep.eval.eval_textvqa"
@@ -35,7 +37,19 @@ def eval_single(annotations: Annotations, result_file: Path) -> float:
     scores = [score_answer(answer, annotations, str(result_file)) for answer in answers]
     accuracy = sum(scores) / len(scores)
     print(f"{result_file.stem}\nSamples: {len(scores)}\nAccuracy: {100 * accuracy:.2f}%\n")
+    _report_misfits(annotations, answers, str(result_file))
     return accuracy
+
+
+def _report_misfits(annotations: Annotations, answers: Sequence[Answer], place: str) -> None:
+    answered = {annotation_key(answer, place) for answer in answers}
+    misfits = {
+        "annotated questions have no answer, and count in no number": len(annotations.keys() - answered),
+        "answers are to a question that has another one; all count": len(answers) - len(answered),
+    }
+    for words, number in misfits.items():
+        if number:
+            print(f"{place}: {number} {words}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -92,6 +92,21 @@ def _short_key(key: tuple[str, str, int]) -> tuple[str, int]:
 def texts_by_id(answers: Iterable[Answer]) -> dict[str, str]:
     """Generated text by question_id as a text, for one file may write 7 where another has "7"; the last one counts."""
     return {str(answer.question_id): answer.text for answer in answers}
+
+
+def id_misfits(answered: Iterable[Hashable], asked: Collection[Hashable]) -> list[str]:
+    """What does not fit between a file of answers and ids that are asked, for programs that know ids alone.
+
+    Returns:
+        a sentence on questions without an answer, answers that a later one replaces, and answers to no question.
+    """
+    asked, counts = set(asked), Counter(answered)
+    misfits = {
+        "questions without an answer": len(asked - counts.keys()),
+        "answers that a later one replaces": sum(number - 1 for each, number in counts.items() if each in asked),
+        "answers to no question": sum(number for each, number in counts.items() if each not in asked),
+    }
+    return [f"{number} {reason}" for reason, number in misfits.items() if number]
 
 
 def unreviewed(questions: Sequence[TaskQuestion], lines: Sequence[Mapping[str, Any]]) -> Exclusion | None:

@@ -73,13 +73,18 @@ def _question_of(record: Mapping[str, Any], place: str) -> str:
     return required(record, "question", place, str).lower()
 
 
+def annotation_key(answer: Answer, place: str) -> tuple[str, str]:
+    """Image and question of an answer, whose question_id is the image's; errors as `question_of_prompt`."""
+    return str(answer.question_id), question_of_prompt(answer.prompt, place)
+
+
 def score_answer(answer: Answer, annotations: Annotations, place: str) -> float:
     """Soft accuracy, in [0, 1], of one answer; its question_id is the image's.
 
     Raises:
         UserError: no annotation is about this image and question, or it has not ten answers.
     """
-    key = (str(answer.question_id), question_of_prompt(answer.prompt, place))
+    key = annotation_key(answer, place)
     if key not in annotations:
         raise UserError(f"{place}: image {key[0]!r} has no annotated question {key[1]!r}")
     return _annotation_score(answer.text, annotations[key], place)

@@ -76,6 +76,16 @@ def test_eval_pope_counts_what_does_not_fit_together(tmp_path, capsys):
     assert "1 answers to no question, ignored (as 999)" in said.err
 
 
+def test_eval_pope_counts_questions_without_a_file_of_labels(tmp_path, capsys):
+    for name in ("adversarial", "popular"):
+        path = POPE["annotation_dir"] / f"coco_pope_{name}.json"
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    eval_pope.main(flags(**{**POPE, "annotation_dir": tmp_path}))
+    said = capsys.readouterr()
+    assert said.out.count("Category: ") == 2
+    assert "28 questions are left out: there is no coco_pope_random.json in --annotation-dir\n" in said.err
+
+
 def test_eval_pope_names_a_folder_without_labels(tmp_path):
     with pytest.raises(UserError, match="has no file named coco_pope_<category>.json"):
         eval_pope.main(flags(**{**POPE, "annotation_dir": tmp_path}))
@@ -89,6 +99,20 @@ def test_eval_textvqa_prints_llavas_lines(tmp_path, capsys):
     (tmp_path / "notes.txt").touch()
     eval_textvqa.main(flags(annotation_file=annotations, result_dir=tmp_path))
     assert capsys.readouterr().out == REFERENCE["textvqa"]["stdout"] + "Skipping notes.txt\n"
+
+
+def test_eval_textvqa_counts_what_it_does_not_score_once(tmp_path, capsys):
+    """Its number is LLaVA's, the mean over the lines that are there."""
+    lines = (INPUTS / "textvqa" / "llava.jsonl").read_text().splitlines()
+    (tmp_path / "a.jsonl").write_text("\n".join(lines[:2]))
+    eval_textvqa.main(flags(annotation_file=INPUTS / "textvqa" / "ann.json", result_file=tmp_path / "a.jsonl"))
+    said = capsys.readouterr()
+    assert said.out == "a\nSamples: 2\nAccuracy: 100.00%\n\n"
+    num_annotated = len(json.loads((INPUTS / "textvqa" / "ann.json").read_text())["data"])
+    assert said.err.splitlines() == [
+        f"{tmp_path}/a.jsonl: {num_annotated - 1} annotated questions have no answer, and count in no number",
+        f"{tmp_path}/a.jsonl: 1 answers are to a question that has another one; all count",
+    ]
 
 
 def test_eval_textvqa_names_an_answer_to_no_question(tmp_path):
@@ -170,6 +194,80 @@ def test_convert_vizwiz_writes_and_prints_what_llavas_does(tmp_path, capsys):
         run_script(
             "convert_vizwiz_for_submission", *flags(result_file=INPUTS / "vizwiz" / "res_missing.jsonl", **places)
         )
+
+
+def converter(name, answers, tmp_path):
+    """Arguments of a converter for a file of answers."""
+    upload = tmp_path / "upload"
+    if name == "convert_vqav2_for_submission":
+        place = tmp_path / "vqav2" / "answers" / "s" / "ck" / "merge.jsonl"
+        place.parent.mkdir(parents=True)
+        place.write_bytes(answers.read_bytes())
+        questions = (INPUTS / "vqav2" / "llava_vqav2_mscoco_test2015.jsonl").read_bytes()
+        (tmp_path / "vqav2" / "llava_vqav2_mscoco_test2015.jsonl").write_bytes(questions)
+        return flags(dir=tmp_path / "vqav2", ckpt="ck", split="s")
+    if name == "convert_vizwiz_for_submission":
+        places = {"annotation_file": INPUTS / "vizwiz" / "ann.jsonl", "result_file": answers}
+        return flags(result_upload_file=upload, **places)
+    if name == "convert_seed_for_submission":
+        places = {"annotation_file": INPUTS / "seed" / "seed.json", "result_file": answers}
+        return flags(result_upload_file=upload, **places)
+    return flags(src=answers, dst=upload)
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "has_questions"),
+    [
+        ("convert_vqav2_for_submission", "vqav2/answers/s/ck/merge.jsonl", True),
+        ("convert_vizwiz_for_submission", "vizwiz/res.jsonl", True),
+        ("convert_seed_for_submission", "seed/pred.jsonl", True),
+        ("convert_gqa_for_eval", "gqa/merge.jsonl", False),
+        ("convert_mmvet_for_eval", "mmvet/a.jsonl", False),
+    ],
+)
+def test_converters_count_answers_that_do_not_fit(name, source, has_questions, tmp_path, capsys):
+    lines = [line for line in (INPUTS / source).read_text().splitlines() if line.endswith("}")]
+    run_script(name, *converter(name, INPUTS / source, tmp_path / "as_it_is"))
+    before = capsys.readouterr().err.splitlines()
+    stranger = json.dumps({**json.loads(lines[0]), "question_id": "nope"})
+    (tmp_path / "answers.jsonl").write_text("\n".join([*lines, lines[0], stranger, stranger]))
+    run_script(name, *converter(name, tmp_path / "answers.jsonl", tmp_path))
+    counted = dict(line.split(" ", 1)[::-1] for line in before)
+
+    def more(reason, number):
+        counted[reason] = str(int(counted.get(reason, 0)) + number)
+
+    more("answers that a later one replaces", 1 if has_questions else 2)
+    if has_questions:
+        more("answers to no question", 2)
+    after = dict(line.split(" ", 1)[::-1] for line in capsys.readouterr().err.splitlines())
+    assert after == counted
+
+
+def test_convert_vqav2_counts_empty_answers(tmp_path, capsys):
+    """The totals that LLaVA prints are equal where an answer to no question makes up for a missing one."""
+    arguments = converter("convert_vqav2_for_submission", INPUTS / "vqav2/answers/s/ck/merge.jsonl", tmp_path)
+    run_script("convert_vqav2_for_submission", *arguments)
+    assert "1 questions without an answer" in capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize("name", ["vqav2", "vizwiz", "gqa", "mmvet"])
+def test_converters_write_no_upload_of_nothing(name, tmp_path):
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    if name in ("gqa", "mmvet"):
+        script, arguments = f"convert_{name}_for_eval", flags(src=empty, dst=tmp_path / "upload")
+    else:
+        script = f"convert_{name}_for_submission"
+        source = "vqav2/answers/s/ck/merge.jsonl" if name == "vqav2" else "vizwiz/res.jsonl"
+        arguments = converter(script, INPUTS / source, tmp_path)
+        if name == "vqav2":
+            (tmp_path / "vqav2" / "llava_vqav2_mscoco_test2015.jsonl").write_text("")
+        else:
+            arguments[arguments.index("--annotation-file") + 1] = str(empty)
+    with pytest.raises(UserError, match="holds no (questions|answers)"):
+        run_script(script, *arguments)
+    assert not list(tmp_path.rglob("upload*")) and not list(tmp_path.rglob("ck.json"))
 
 
 def test_convert_gqa_and_mmvet_write_what_llavas_do(tmp_path):
