@@ -142,6 +142,14 @@ def test_answers_equal_those_of_llavas_api_and_are_written_in_its_format(questio
     assert len({record["answer_id"] for record in records}) == len(asked)
 
 
+def test_chunks_are_llavas():
+    reference = json.loads((MODEL.parents[1] / "eval_scores.json").read_text())["chunks"]
+    for case in reference:
+        # LLaVA's list of chunks ends where the items do.
+        chunks = [list(chunk(range(case["n"]), case["k"], index)) for index in range(case["k"])]
+        assert [chunk for chunk in chunks if chunk] == case["chunks"]
+
+
 def test_chunks_one_after_the_other_are_the_whole(questions):
     whole = answer(model_vqa, questions)
     parts = []

@@ -137,10 +137,17 @@ def test_scienceqa_looks_for_a_letter_in_answers_that_are_there(ask):
 
 @pytest.mark.parametrize(
     ("text", "letter"),
-    [("The answer is B", "FAILED"), ("The answer is B\nIt is.", "FAILED"), ("The answer is B, it is", "B")],
+    [
+        ("The answer is B", "FAILED"),
+        ("The answer is B\nIt is.", "FAILED"),
+        ("The answer is B, it is", "B"),
+        ("B. dog", "B"),
+        ("B.dog", "FAILED"),
+        ("B.", "FAILED"),
+    ],
 )
 def test_scienceqa_needs_one_more_character_on_the_line(text, letter):
-    """The dot in LLaVA's pattern is no period, but it is no line break either."""
+    """The dot in LLaVA's pattern is no period, but no line break either; behind a lone letter `. ` must follow."""
     assert scienceqa.parse_option(text) == letter
 
 
@@ -175,6 +182,14 @@ def test_pope_says_which_set_its_means_are_without(ask):
     result = score(*["Yes", "No", "Yes"] * 2)
     assert result.metrics[0].n == 6
     assert result.notes == ("sets without a question, which the means are without: random",)
+
+
+def test_pope_has_no_mean_of_a_ratio_that_a_set_does_not_define(ask):
+    """Of a model that never says yes about one set: the mean of the others would look like all three's."""
+    _, _, score = ask("pope", "test")
+    means = values(score(*["Yes", "No", "Yes"] * 2, "No", "No", "No").metrics)
+    assert means["precision"] is None and means["F1"] is None
+    assert means["recall"] == pytest.approx(2 / 3) and means["accuracy"] == pytest.approx(7 / 9)
 
 
 def test_pope_takes_no_label_that_is_neither_yes_nor_no(ask):
