@@ -126,6 +126,11 @@ def score_answer_file(selected: TaskSplit, answers: Sequence[Answer], path: Path
     folder = task_folder(settings.data_dir, selected)
     check_requirements(settings.data_dir, [selected], purposes=["questions"])
     questions = all_questions(task, folder, selected.split)
+    if not any(match_answers(questions, answers).answers):
+        raise UserError(
+            f"{path}: none of its {len(answers)} answers is to one of the {len(questions)} questions of "
+            f"{selected.label}; they are matched by question_id, and by prompt too where several questions have one id"
+        )
     outcome = _score(TaskSplit(task, selected.split), answers, settings, scores_are_due=True)
     model_ids = sorted({str(answer.fields.get("model_id", "unknown")) for answer in answers})
     import torch

@@ -524,6 +524,20 @@ def test_absent_answer_file_is_said(tmp_path, capsys):
     assert "a.jsonl: no such" in mistake(capsys, "--task", "pope", "--answers", tmp_path / "a.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("name", "ids"),
+    [("pope", []), ("pope", ["other"]), ("vqav2", ["other"]), ("mmvet", ["other"]), ("textvqa:val_ocr", ["0a"])],
+)
+def test_answers_of_which_none_fits_are_not_scored(name, ids, tmp_path, capsys):
+    """As labels that know none of the questions; a score of 0 would be of nothing. The last one lacks its prompt."""
+    task = find_task(name.partition(":")[0])
+    write_sample(task.name, tmp_path / "data" / task.folder_name)
+    answers = write_lines(tmp_path / "answers.jsonl", [{"question_id": each, "text": "yes"} for each in ids])
+    message = mistake(capsys, "--task", name, "--answers", answers, "--data-dir", tmp_path / "data")
+    assert f"answers.jsonl: none of its {len(ids)} answers is to one of the " in message
+    assert not (tmp_path / task.name).exists()
+
+
 def test_answers_to_questions_that_are_not_there_are_not_scored(tmp_path, capsys):
     shutil.copytree(GOLDEN_POPE, tmp_path / "pope")
     message = mistake(
