@@ -7,6 +7,7 @@ characters (`know` is a no); per kind 100 times accuracy plus 100 times the shar
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -25,6 +26,7 @@ PERCEPTION = "existence count position color posters celebrity scene landmark ar
 COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()
 QUESTIONS_PER_IMAGE = 2
 
+_SEPARATORS = re.compile(r"[\t\r\n]")
 _INSTRUCTIONS = ("Answer the question using a single word or phrase.", "Please answer yes or no.")
 
 
@@ -123,8 +125,9 @@ class MME(Task):
         for question, text in zip(questions, texts, strict=True):
             kind, stem, bare = key = _label_key(question)
             if key in labels:
-                # One line per answer: a line break in an answer would shift all that follow.
-                fields = (f"{stem}.txt", bare, labels[key].capitalize(), " ".join((text or "").split()))
+                # One line per answer: a line break in an answer would shift all that follow. No character is taken out,
+                # for the first four are what is read.
+                fields = (f"{stem}.txt", bare, labels[key].capitalize(), _SEPARATORS.sub(" ", text or ""))
                 lines.setdefault(kind, []).append("\t".join(fields) + "\n")
         target = output / "mme_results"
         return [write_text(target / f"{kind}.txt", "".join(own)) for kind, own in lines.items()]

@@ -234,6 +234,18 @@ def test_mme_writes_the_files_of_the_official_scorer(ask):
     assert written["scene.txt"] == "0001.txt\tIs it a dog?\tYes\tYes, of course\n0001.txt\tIs it a cat?\tNo\tNo\n"
 
 
+@pytest.mark.parametrize("text", ["Yes", "  Yes", "\n\nYes", "\r\n\tYes", "I say\tyes", "know\n"])
+def test_mme_file_holds_what_the_score_is_of(ask, text):
+    """The official scorer reads lines of four fields, and the first four characters of the last one."""
+    task, folder, score = ask("mme", "test")
+    answers = [text, "No"] * 14
+    written = task.export(folder, "test", answers_to("mme", folder, "test", answers), folder / "up")
+    lines = [line.split("\t") for path in written for line in path.read_text().splitlines()]
+    is_right = [label.lower() == mme.parse_mme_answer(answer) for _, _, label, answer in lines]
+    accuracies = [row["accuracy"] for row in rows(score(*answers)).values()]
+    assert sum(is_right) / 28 == pytest.approx(sum(accuracies) / 14)
+
+
 def test_mmbench_asks_with_hint_and_options(ask):
     task, folder, _ = ask("mmbench", "dev")
     first, _, last = task.questions(folder, "dev")
