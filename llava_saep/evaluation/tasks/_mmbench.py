@@ -53,6 +53,8 @@ _EMPTY_CELLS = frozenset(
     + ["NULL", "NaN", "None", "n/a", "nan", "null"]
 )
 
+_NO_XML = dict.fromkeys((0xFFFE, 0xFFFF), "\ufffd")
+"""Characters of no XML file, which xlsxwriter lets through; it escapes the control characters."""
 _INDEX = re.compile(r"[0-9]{1,18}")
 
 Row = Mapping[str, str | None]
@@ -186,7 +188,7 @@ def write_xlsx(path: Path, table: Sequence[Sequence[str | int | None]]) -> Path:
         for number, row in enumerate(table):
             for column, cell in enumerate(row):
                 if isinstance(cell, str) and cell:
-                    sheet.write_string(number, column, cell)
+                    sheet.write_string(number, column, cell.translate(_NO_XML))
                 elif isinstance(cell, int):
                     sheet.write_number(number, column, cell)
     with writing(path):

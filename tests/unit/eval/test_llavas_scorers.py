@@ -319,12 +319,13 @@ def test_convert_mmbench_writes_llavas_table(tmp_path, capsys):
 
 
 def test_answers_that_look_like_formulas_or_links_are_uploaded_as_text(tmp_path):
-    answers = ["=1+1", "https://example.org", "007", "A\nB"]
+    answers = ["=1+1", "https://example.org", "007", "A\nB", "no\uffffcharacter\ufffe"]
     lines = [json.dumps({"question_id": index, "text": text}) for index, text in enumerate(answers)]
     (tmp_path / "exp.jsonl").write_text("\n".join(lines))
     places = {"annotation_file": INPUTS / "mmbench" / "dev.tsv", "result_dir": tmp_path, "upload_dir": tmp_path}
     run_script("convert_mmbench_for_submission", *flags(experiment="exp", **places))
-    assert [row[6] for row in read_xlsx(tmp_path / "exp.xlsx")[1:5]] == answers
+    expected = [*answers[:4], "no\ufffdcharacter\ufffd"]
+    assert [row[6] for row in read_xlsx(tmp_path / "exp.xlsx")[1:]] == expected
 
 
 @pytest.mark.parametrize("path", ["llava_saep/eval/eval_pope.py", "scripts/convert_gqa_for_eval.py"])
