@@ -129,7 +129,10 @@ def _is_llavas_own(path: Path) -> bool:
 
 
 def _answer_all(questions: Sequence[TaskQuestion], path: Path) -> list[Any]:
-    answers = match_answers(questions, read_answers(path)).answers
+    matched = match_answers(questions, read_answers(path))
+    for each in matched.misfits:
+        print(f"{path}: {each.count} {each.reason}, {each.effect} (as {', '.join(each.examples)})", file=sys.stderr)
+    answers = matched.answers
     missing = [question.question_id for question, answer in zip(questions, answers, strict=True) if answer is None]
     if missing:
         raise UserError(

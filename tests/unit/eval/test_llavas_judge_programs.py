@@ -55,6 +55,17 @@ def run(program, places, url, *more):
     return [json.loads(line) for line in places["--output"][0].read_text().splitlines()]
 
 
+def test_answers_that_do_not_fit_are_counted(places, tmp_path, capsys):
+    path = tmp_path / "answers.jsonl"
+    more = [{"question_id": 0, "prompt": "p", "text": "again"}, {"question_id": 9, "prompt": "p", "text": "stray"}]
+    path.write_text(path.read_text() + "".join(json.dumps(line) + "\n" for line in more))
+    with fake_judge("8 6", "8 6", "8 6") as (url, _):
+        assert len(run(eval_gpt_review_bench, places, url)) == 3
+    said = capsys.readouterr().err
+    assert f"{path}: 1 answers that a later one replaces, ignored (as 0)\n" in said
+    assert f"{path}: 1 answers to no question, ignored (as 9)\n" in said
+
+
 def test_the_judge_is_asked_as_llava_asks_and_its_reviews_are_llavas(places, capsys):
     with fake_judge("8 6\nbecause", "9, 9\nwell", "no idea") as (url, requests):
         reviews = run(eval_gpt_review_bench, places, url, "--max-tokens", "77")
