@@ -98,6 +98,11 @@ def test_textvqa_finds_the_question_in_a_prompt_as_llava(prompt, question):
         assert textvqa.question_of_prompt(prompt) == question
 
 
+def test_textvqa_knows_no_prompt_with_ocr_tokens_and_a_fourth_line():
+    with pytest.raises(UserError, match="cannot tell the question"):
+        textvqa.question_of_prompt("What?\nReference OCR token: x\nand more\nAnswer.")
+
+
 def test_another_number_of_human_answers_than_ten_is_refused():
     with pytest.raises(UserError, match="question 7: has 9 answers of people"):
         vqa_score("yes", ["yes"] * 9, "question 7")

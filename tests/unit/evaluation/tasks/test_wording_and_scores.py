@@ -287,6 +287,17 @@ def test_mmbench_all_rounds_reads_letters_of_the_rotation(ask):
     assert score("B", "A", "C", "A", "C", "B", "B", "B").metrics[0].value == 0.5
 
 
+@pytest.mark.parametrize("empty", ["", "None", "null", "NULL", "n/a", "NA", "NaN", "nan", "none"])
+def test_mmbench_options_end_at_the_first_that_the_table_calls_empty(tmp_path, empty):
+    """LLaVA stops there, and reads the table with pandas, which takes these words for an empty cell."""
+    path = tmp_path / "t.tsv"
+    path.write_text(f"index\tquestion\thint\tA\tB\tC\tD\timage\n3\tWhat?\t{empty}\tx\ty\t{empty}\tz\tQQ==\n")
+    (question,) = mmbench.table_questions(path, ask_for_letter=False)
+    assert question.text == "What?\nA. x\nB. y"
+    if empty != "none":  # pandas knows it in two spellings only
+        assert mmbench.read_table(path)[0]["C"] is None
+
+
 @pytest.mark.parametrize("label", ["b", "", "2"])
 def test_mmbench_takes_no_label_that_is_no_letter(ask, label):
     _, folder, score = ask("mmbench", "dev")
