@@ -1,5 +1,6 @@
 """What each benchmark asks, word for word, and scores that were worked out by hand."""
 
+import hashlib
 import json
 import math
 import statistics
@@ -459,7 +460,7 @@ def test_intersection_over_union_of_boxes():
     assert refcoco.intersection_over_union(refcoco.Box(1, 1, 0, 0), refcoco.Box(1, 1, 0, 0)) == 0
 
 
-@pytest.mark.parametrize("size", [(40, 20), (20, 41), (30, 30), (7, 10)])
+@pytest.mark.parametrize("size", [(40, 20), (41, 20), (20, 41), (30, 30), (7, 10)])
 def test_boxes_of_the_padded_image_fit_what_the_padding_does(size):
     """The corners of the image, where the images' own padding put them."""
     from llava_saep.data.images import expand_to_square
@@ -486,7 +487,7 @@ def test_refcoco_reports_both_readings_of_a_box(ask):
 def test_mmvet_asks_the_judge_with_mmvets_table(ask):
     task, folder, _ = ask("mmvet", "test")
     requests = task.judge_requests(folder, "test", answers_to("mmvet", folder, "test", ["x = -1", "left"]))
-    assert requests[0].system == "" and requests[0].temperature == 0
+    assert (requests[0].system, requests[0].temperature, requests[0].max_tokens) == ("", 0, 3)
     lines = requests[0].user.split("\n")
     assert lines[0].startswith("Compare the ground truth and prediction from AI models")
     assert lines[2:5] == [
@@ -496,6 +497,17 @@ def test_mmvet_asks_the_judge_with_mmvets_table(ask):
     ]
     assert lines[-1] == "What is x? | -1 <AND> -5 | x = -1 | "
     assert requests[1].record == {"capability": ["rec", "spat"]}
+    assert requests[1].user.endswith("Where is the cup? | left <OR> on the left | left | ")
+
+
+def test_instructions_to_judges_change_by_no_character():
+    """Ratings under other words cannot be compared, so that each change is to be a decision."""
+
+    def fingerprint(prompt):
+        return hashlib.sha256(prompt.encode()).hexdigest()[:16]
+
+    assert fingerprint(llava_bench.judge_prompt("C", "Q", "R", "A", llava_bench.JudgeRule())) == "77807f4a9c0e252f"
+    assert fingerprint(mmvet.judge_prompt("Q", "a<AND>b<OR>c", "P")) == "ab096a545fa62c45"
 
 
 def test_mmvet_means_scores_per_ability_and_counts_failed_reviews(ask):
