@@ -73,12 +73,13 @@ _INSTRUCTIONS = (
 
 
 def judge_prompt(question: str, truth: str, prediction: str) -> str:
-    """The table of examples with the question in its last row, whose last cell the judge is to fill."""
+    """The table of examples and, below an empty line, a row with the question, whose last cell the judge is to fill."""
     truth = truth.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     table = [
         "Question | Ground truth | Prediction | Correctness",
         "--- | --- | --- | ---",
         *(" | ".join(row) for row in _EXAMPLES),
+        "",  # MM-Vet's own text ends with a line break, before the one that its evaluator adds
         f"{question} | {truth} | {prediction} | ",
     ]
     return f"{_INSTRUCTIONS}\n\n" + "\n".join(table)

@@ -495,7 +495,8 @@ def test_mmvet_asks_the_judge_with_mmvets_table(ask):
         "--- | --- | --- | ---",
         "What is x in the equation? | -1 <AND> -5 | x = 3 | 0.0",
     ]
-    assert lines[-1] == "What is x? | -1 <AND> -5 | x = -1 | "
+    assert lines[-3].endswith(" | 1.0")
+    assert lines[-2:] == ["", "What is x? | -1 <AND> -5 | x = -1 | "]
     assert requests[1].record == {"capability": ["rec", "spat"]}
     assert requests[1].user.endswith("Where is the cup? | left <OR> on the left | left | ")
 
@@ -507,7 +508,7 @@ def test_instructions_to_judges_change_by_no_character():
         return hashlib.sha256(prompt.encode()).hexdigest()[:16]
 
     assert fingerprint(llava_bench.judge_prompt("C", "Q", "R", "A", llava_bench.JudgeRule())) == "77807f4a9c0e252f"
-    assert fingerprint(mmvet.judge_prompt("Q", "a<AND>b<OR>c", "P")) == "ab096a545fa62c45"
+    assert fingerprint(mmvet.judge_prompt("Q", "a<AND>b<OR>c", "P")) == "8f27f89799ca1b93"
 
 
 def test_mmvet_means_scores_per_ability_and_counts_failed_reviews(ask):
