@@ -618,6 +618,8 @@ def test_spatial_scenes_score_the_last_words_beside_a_constant_answer(ask):
     result = score("the 7 is left, so yes", "top left is 8", "so yes")
     assert result.metrics[0].value == pytest.approx(1 / 3)
     assert rows(result)["relation"] == {"accuracy": 0.5, "constant answer": 0.5}
+    assert result.metrics[1].value == pytest.approx(2 / 3)
+    assert rows(result)["position"]["constant answer"] == 1
 
 
 def test_answers_whose_file_is_of_another_split_are_refused(ask):
