@@ -15,6 +15,7 @@ from llava_saep.errors import UserError
 RECIPE_FILE = "recipe.json"
 RESERVED_FLAGS = ("mm_projector_type", "mm_projector_options", "output_dir", "seed", "trust_projector_code")
 """Flags that the comparison sets itself, for each run."""
+_COUNTS = ("max_new_tokens", "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,7 @@ def read_recipe(path: Path) -> tuple[Recipe, dict[str, Any]]:
     except ValueError as error:
         raise UserError(f"--recipe {path}: is no JSON ({error})") from error
     _check_keys(content, path)
+    _check_kinds(content, path)
     placed = _with_paths(content, path.parent.absolute())
     question_file = Path(placed["question_file"])
     recipe = Recipe(
@@ -81,7 +83,7 @@ def read_recipe(path: Path) -> tuple[Recipe, dict[str, Any]]:
         stages=tuple(_stage(stage, index, path) for index, stage in enumerate(placed["stages"])),
         question_file=question_file,
         image_folder=Path(placed.get("image_folder", question_file.parent)),
-        **{name: int(placed[name]) for name in ("max_new_tokens", "batch_size") if placed.get(name) is not None},
+        **{name: placed[name] for name in _COUNTS if placed.get(name) is not None},
         projector_options=dict(placed.get("projector_options", {})),
         chance_file=Path(placed["chance_file"]) if "chance_file" in placed else None,
     )
@@ -103,6 +105,23 @@ def _check_keys(content: Any, path: Path) -> None:
         f"--recipe {path}: {found}; expected a JSON object with stages and question_file, and besides them only "
         f"{', '.join(sorted(known - needed))}"
     )
+
+
+def _check_kinds(content: Mapping[str, Any], path: Path) -> None:
+    """Raise UserError where a value is of another kind than its key wants. null is the default of counts alone."""
+    for key, value in content.items():
+        if key in _COUNTS:
+            is_right = value is None or (type(value) is int and value >= 1)  # true is an int to Python
+            expected = "a whole number of at least 1"
+        elif key == "stages":
+            is_right, expected = isinstance(value, list), "a list"
+        elif key == "projector_options":
+            is_right = isinstance(value, Mapping) and all(isinstance(options, str) for options in value.values())
+            expected = 'a JSON object of texts, such as {"saep": "stride=2"}'
+        else:
+            is_right, expected = isinstance(value, str), "a text"
+        if not is_right:
+            raise UserError(f"--recipe {path}: {key} {value!r}: expected {expected}")
 
 
 def _with_paths(value: Any, folder: Path) -> Any:

@@ -99,6 +99,13 @@ def write_own_recipe(folder):
         ({"image_folder": "{recipe}/none"}, "none: no such folder"),
         ({"chance_file": "{recipe}/none"}, "chance_file .*none: no such file"),
         ({"question": 1}, "got question; expected a JSON object with stages and question_file"),
+        ({"batch_size": "many"}, "batch_size 'many': expected a whole number of at least 1"),
+        ({"batch_size": True}, "batch_size True: expected a whole number of at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens 0: expected a whole number of at least 1"),
+        ({"stages": 2}, "stages 2: expected a list"),
+        ({"question_file": ["a.jsonl"]}, r"question_file \['a.jsonl'\]: expected a text"),
+        ({"projector_options": "stride=2"}, "projector_options 'stride=2': expected a JSON object of texts"),
+        ({"projector_options": {"saep": {"stride": 2}}}, "projector_options {.*}: expected a JSON object of texts"),
     ],
 )
 def test_mistakes_in_a_recipe_are_named(tmp_path, change, message):
