@@ -255,6 +255,8 @@ def _check_placeable(choices: Sequence[Choice], recipe: Recipe) -> None:
             language_model, vision_tower = (stage.flags.get(name) for name in ("model_name_or_path", "vision_tower"))
             if language_model is None or vision_tower is None or "," in str(vision_tower):
                 continue
+            if "{previous}" in f"{language_model}{vision_tower}":  # made by the stage before
+                continue
             make_config(
                 language_model=str(language_model),
                 vision_tower=str(vision_tower),

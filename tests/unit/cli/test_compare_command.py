@@ -18,6 +18,7 @@ from llava_saep.commands.compare.flags import parser
 from llava_saep.errors import UserError
 from llava_saep.evaluation.asking import fingerprint_with_parts
 from llava_saep.evaluation.comparison import runs, steps
+from llava_saep.evaluation.comparison.choice import parse_choices
 from llava_saep.evaluation.comparison.folder import claimed
 from llava_saep.evaluation.comparison.recipe import read_recipe
 from llava_saep.evaluation.comparison.steps import Placement, Step
@@ -138,6 +139,14 @@ def test_stages_that_would_fail_are_told_before_the_first_begins(tmp_path, capsy
     command = ["compare", "--projectors", "saep", "--recipe", str(path), "--device", "cpu"]
     assert main([*command, "--output-dir", str(tmp_path / "out")]) == 2
     assert re.search(message, capsys.readouterr().err) and not (tmp_path / "out").exists()
+
+
+def test_stage_may_start_from_the_model_of_the_stage_before(tmp_path):
+    path = write_own_recipe(tmp_path) / "recipe.json"
+    flags = {"model_name_or_path": "{previous}", "vision_tower": "none-is-read"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "stages": [{"name": "stage2", "flags": flags}]}))
+    recipe, _ = read_recipe(path)
+    plan._check_placeable(parse_choices("saep"), recipe)  # there is no such model yet, and that is no mistake
 
 
 def test_null_in_a_recipe_is_the_default(tmp_path):
