@@ -73,7 +73,8 @@ def _plan_training(arguments: argparse.Namespace) -> Comparison:
     from llava_saep.evaluation.runner import check_images
 
     choices = parse_choices(arguments.projectors)
-    reference = _reference(arguments.reference, [choice.label for choice in choices])
+    as_shown = {choice.written: choice.label for choice in choices}
+    reference = _reference(as_shown.get(arguments.reference, arguments.reference), list(as_shown.values()))
     placement = _placement(arguments)
     folder = Path(arguments.output_dir)
     recipe_path = Path(arguments.recipe) if arguments.recipe else _write_embedded_recipe(arguments, folder)

@@ -2,8 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llava_saep.errors import UserError
@@ -18,22 +18,24 @@ class Choice:
     """One projector of the list.
 
     Args:
-        label: as it was written, without spaces.
+        written: as the user wrote it, without spaces.
+        label: the same, but of a file's path only the last part where that tells it from the others.
         name: whatever `--mm_projector_type` takes.
         options: what was written in brackets.
     """
 
+    written: str
     label: str
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def folder_name(self) -> str:
-        """The label as a folder's name; one that has to be changed for it ends in a hash, so that none meet."""
-        plain = re.sub(r"[^\w.-]+", "-", self.label).strip("-")[:_MAX_FOLDER_CHARACTERS]
-        if plain == self.label:
+        """What was written as a folder's name; one that has to be changed for it ends in a hash, so that none meet."""
+        plain = re.sub(r"[^\w.-]+", "-", self.written).strip("-")[:_MAX_FOLDER_CHARACTERS]
+        if plain == self.written:
             return plain
-        return f"{plain}-{hashlib.sha256(self.label.encode()).hexdigest()[:8]}"
+        return f"{plain}-{hashlib.sha256(self.written.encode()).hexdigest()[:8]}"
 
 
 def parse_choices(text: str) -> list[Choice]:
@@ -46,13 +48,17 @@ def parse_choices(text: str) -> list[Choice]:
     choices = [_parse_choice(item) for item in split_outside_brackets(text) if item.strip()]
     if not choices:
         raise UserError("--projectors names none; expected for example saep,mlp2x_gelu,saep(stride=1)")
-    labels = [choice.label for choice in choices]
-    repeated = sorted({label for label in labels if labels.count(label) > 1})
+    repeated = _repeated([choice.written for choice in choices])
     if repeated:
         raise UserError(f"--projectors names {repeated[0]} twice")
     for choice in choices:
         selected(choice)
-    return choices
+    not_unique = _repeated([choice.label for choice in choices])
+    return [replace(choice, label=choice.written) if choice.label in not_unique else choice for choice in choices]
+
+
+def _repeated(texts: Sequence[str]) -> list[str]:
+    return sorted({text for text in texts if texts.count(text) > 1})
 
 
 def split_outside_brackets(text: str) -> list[str]:
@@ -72,7 +78,11 @@ def _parse_choice(item: str) -> Choice:
     if match is None:
         raise UserError(f"--projectors: {item.strip()!r} is neither NAME nor NAME(OPTION=VALUE,...)")
     options = parse_projector_options(match["options"] or "")
-    return Choice(label="".join(item.split()), name=match["name"], options=options)
+    written = "".join(item.split())
+    # The folders of a path say nothing in a table, and leave it no room.
+    folders, _, _ = "".join(match["name"].split()).rpartition("/")
+    label = written[len(folders) :].removeprefix("/")
+    return Choice(written=written, label=label, name=match["name"], options=options)
 
 
 def selected(choice: Choice, defaults: Mapping[str, str] | None = None) -> ProjectorSelection:

@@ -65,6 +65,7 @@ svg text.label { fill: var(--ink); } .grid { stroke: var(--line); stroke-width: 
 .card { border: 1px solid var(--line); border-radius: 6px; padding: .8rem; display: flex; gap: .9rem; }
 .card img { flex: none; image-rendering: pixelated; align-self: flex-start; max-width: 8rem; height: auto; }
 .card ul { list-style: none; margin: .3rem 0 0; padding: 0; font-size: .86rem; } .card p { margin: 0; }
+li { overflow-wrap: anywhere; } .card > div { min-width: 0; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; background: var(--band); padding: .7rem; }
 @media print { body { font-size: 9pt; padding: 0; } .wide { overflow: visible; } table { font-size: 6.5pt; }
   td { white-space: normal; } th, td { padding: .15rem .25rem; } .interval { font-size: 6pt; }

@@ -3,6 +3,7 @@
 import pytest
 
 from llava_saep.errors import UserError
+from llava_saep.evaluation.comparison import choice
 from llava_saep.evaluation.comparison.choice import parse_choices, selected
 from projectors import ProjectorError
 
@@ -12,6 +13,16 @@ def test_names_and_options_are_read_from_one_list():
     assert [choice.label for choice in choices] == ["saep", "saep(stride=1,kernel_size=5)", "mlp2x_gelu", "saep_dw_pw"]
     assert selected(choices[1]).options == {"stride": 1, "kernel_size": 5}
     assert selected(choices[2]).name == "mlp" and selected(choices[2]).options["depth"] == 2
+
+
+def test_projectors_in_files_are_shown_without_folders_that_tell_nothing_apart(monkeypatch):
+    """A path from the root on leaves a table no room, and cut off in a chart it does not show the class."""
+    monkeypatch.setattr(choice, "selected", lambda one: None)  # there are no such files
+    alone = parse_choices("saep,/a/blur.py:Blur,/a/blur.py:Blur(window=5)")
+    assert [one.label for one in alone] == ["saep", "blur.py:Blur", "blur.py:Blur(window=5)"]
+    both = parse_choices("saep,/a/blur.py:Blur,/a/blur.py:Blur(window=5),../b c/blur.py:Blur")
+    assert [one.label for one in both][1:] == ["/a/blur.py:Blur", "blur.py:Blur(window=5)", "../bc/blur.py:Blur"]
+    assert [one.folder_name for one in both[:3]] == [one.folder_name for one in alone]  # what was trained is found
 
 
 def test_lists_inside_of_options_stay_together():
