@@ -257,7 +257,8 @@ class Runner:
                         future.result()
                     num_done = num_pending - len(open_futures)
                     left = (time.monotonic() - began) / num_done * len(open_futures)
-                    self._say(f"{num_done} of {num_pending} runs have ended; about {describe_minutes(left)} left")
+                    rest = f"; about {describe_minutes(left)} left" if open_futures else ""
+                    self._say(f"{num_done} of {num_pending} runs have ended{rest}")
             except BaseException:
                 self._end(pool)
                 raise

@@ -51,6 +51,7 @@ def test_one_failure_is_reported_and_ends_no_other_run(tmp_path, runner, lines):
     }
     failing = [make_run(tmp_path, name, step("a", function), step("b")) for name, (function, _) in bad.items()]
     runner.do([good[0], *failing, good[1]])
+    assert lines[-1] == "5 of 5 runs have ended" and sum("; about" in line for line in lines) == 4
     assert [run.open_steps for run in good] == [[], []]
     for run in failing:
         assert run.failure == bad[run.label][1]
