@@ -204,7 +204,8 @@ def _parser() -> _Parser:
     (action,) = (action for action in parser._actions if action.dest == "mm_projector_type")
     # Listed here and not in the dataclass, since importing this module must not import every projector.
     names = ", ".join([*registered_projectors(), *registered_presets()])
-    action.help = f"projector: {names}, or package.module:Class; None: {DEFAULT_PROJECTOR}, or the one of a saved model"
+    outside = "package.module:Class or path/to/file.py:Class"
+    action.help = f"projector: {names}, {outside}; None: {DEFAULT_PROJECTOR}, or the one of a saved model"
     return parser
 
 

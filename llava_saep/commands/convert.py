@@ -110,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
         "--trust_projector_code",
         "--trust-projector-code",
         action="store_true",
-        help="import a projector that INPUT names as package.module:Class",
+        help="import a projector that INPUT names as package.module:Class or path/to/file.py:Class",
     )
     return result
 

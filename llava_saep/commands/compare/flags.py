@@ -43,10 +43,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_training_flags(group) -> None:
-    group.add_argument("--projectors", help="as in saep,saep(stride=1),mlp2x_gelu: names, options in brackets")
+    group.add_argument(
+        "--projectors", help="as in 'saep,saep(stride=1),path/to/file.py:Class': names, options in brackets"
+    )
     group.add_argument("--seeds", type=int, help=f"runs of each projector, seeds 0 to N-1 (default {DEFAULT_SEEDS})")
     group.add_argument("--seed", help=argparse.SUPPRESS)  # else an abbreviation of --seeds, and it means another thing
-    group.add_argument("--budget", help=f"quick, standard, full, or stage 2's number of steps ({DEFAULT_BUDGET})")
+    group.add_argument(
+        "--budget", help=f"smoke, quick, standard, full, or stage 2's number of steps (default: {DEFAULT_BUDGET})"
+    )
     group.add_argument("--world", choices=("cells", "free"), help=f"of the embedded scenes (default: {DEFAULT_WORLD})")
     group.add_argument("--recipe", metavar="FILE", help="train this in place of the embedded job (JSON)")
 

@@ -86,7 +86,7 @@ def _add_model_flags(group) -> None:
         group,
         "trust-projector-code",
         action="store_true",
-        help="import a projector that the checkpoint names as package.module:Class",
+        help="import a projector that the checkpoint names as package.module:Class or path/to/file.py:Class",
     )
 
 

@@ -2,7 +2,7 @@
 
 EVAL_ZIP = (
     "eval.zip of LLaVA's Evaluation guide (https://drive.google.com/file/d/1atZSBBrAX54yYpxtVVW33zFvcnaHeFPy), "
-    "extracted to --data-dir (playground/data/eval)"
+    "extracted to --data-dir (default: playground/data/eval)"
 )
 COCO_IMAGES = "http://images.cocodataset.org/zips"
 
