@@ -112,7 +112,7 @@ def _heading(facts: Mapping[str, Any], results: Results) -> str:
         return f"<h1>Models compared</h1><p>{escape(facts['title'])}</p>"
     num_images = len({question.image for question in results.questions} - {None})
     return (
-        f"<h1>Projectors compared</h1><p>{escape(facts['title'])}</p>"
+        f"<h1>{results.compared.capitalize()}s compared</h1><p>{escape(facts['title'])}</p>"
         f"<p class=soft>{len(results.questions):,} questions about {num_images:,} images, the same to all; answers are "
         f"generated freely (greedily) and their final words are scored. {_SCOPE}</p>"
     )

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -131,6 +131,7 @@ class Results:
 
     Args:
         asks_benchmarks: whether models were asked benchmarks, and not one file of questions.
+        compared: what stands against each other: projectors that were trained alike, or models.
         questions: those that are scored.
         num_excluded: questions with an answer to compare with that some run could not be asked, such as about an image
             that will not open.
@@ -138,6 +139,7 @@ class Results:
     """
 
     asks_benchmarks: bool
+    compared: Literal["projector", "model"]
     questions: tuple[Question, ...]
     num_excluded: int
     categories: tuple[str, ...]
@@ -170,6 +172,7 @@ def collect(runs: Sequence[Run], recipe: Recipe, reference: str | None) -> Resul
     asks_benchmarks = recipe.question_file is None
     return Results(
         asks_benchmarks=asks_benchmarks,
+        compared="projector" if recipe.stages else "model",
         questions=questions,
         num_excluded=len(scored) - len(questions),
         categories=categories,

@@ -41,7 +41,7 @@ def _metric_text(interval: Interval | None, is_share: bool) -> str:
 
 def accuracy_table(results: Results) -> Table:
     """Per cent of right answers by kind of question, with intervals; last row: what guessing reaches."""
-    header = ["projector", "runs", "tokens", OVERALL, *results.categories, "blind, overall"]
+    header = [results.compared, "runs", "tokens", OVERALL, *results.categories, "blind, overall"]
     rows = [[*_who(entry), *_accuracy_cells(entry, results.categories)] for entry in results.entries]
     kinds = (OVERALL, *results.categories)
     guessing = [percent(results.chance[kind]) if kind in results.chance else MISSING for kind in kinds]
@@ -63,7 +63,7 @@ def _accuracy_cells(entry: Entry, categories: Sequence[str]) -> list[str]:
 def cost_table(results: Results) -> Table:
     """What each costs: sizes, time of training, first token, memory."""
     header = [
-        "projector",
+        results.compared,
         "tokens per image",
         "projector's parameters",
         "all parameters",

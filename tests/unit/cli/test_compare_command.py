@@ -218,6 +218,8 @@ def test_trained_models_are_compared_by_their_answers(models, monkeypatch, capsy
     command += ["--output-dir", str(models / "out"), "--device", "cpu"]
     assert main(command) == 0
     results = json.loads((models / "out" / "results.json").read_text())
+    page = (models / "out" / "report.html").read_text()
+    assert "<h1>Models compared</h1>" in page and "<th>model</th>" in page and "<th>projector</th>" not in page
     assert sorted(entry["label"] for entry in results["entries"]) == ["mlp2x_gelu-stage2", "saep-stage2"]
     for entry in results["entries"]:
         assert entry["speed"]["tokens_per_image"] == {"saep-stage2": 9, "mlp2x_gelu-stage2": 36}[entry["label"]]
