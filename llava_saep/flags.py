@@ -181,9 +181,11 @@ class TrainingArguments(transformers.TrainingArguments):
     lora_enable: bool = field(default=False, metadata={"help": "train adapters in place of the language model"})
     lora_r: int = field(default=64, metadata={"help": "rank of the adapters"})
     lora_alpha: int = field(default=16, metadata={"help": "scale of the adapters, divided by the rank"})
-    lora_dropout: float = 0.05
+    lora_dropout: float = field(default=0.05, metadata={"help": "share of the adapters' inputs that is dropped"})
     lora_weight_path: str = field(default="", metadata={"help": "no effect, as in LLaVA"})
-    lora_bias: Literal["none", "all", "lora_only"] = "none"
+    lora_bias: Literal["none", "all", "lora_only"] = field(
+        default="none", metadata={"help": "biases that are trained too: none, all, or those of adapted layers"}
+    )
     mm_projector_lr: float | None = field(default=None, metadata={"help": "learning rate of the projector"})
     group_by_modality_length: bool = field(
         default=False, metadata={"help": "batches of like lengths, with images or without, as LLaVA's fine-tuning"}

@@ -70,9 +70,17 @@ def claimed(path: Path) -> Iterator[None]:
         lock.close()
 
 
-def refuse_claimed(paths: Iterable[Path]) -> None:
-    """Raise UserError where another evaluation writes an answer file, before a model is loaded in vain."""
+def check_free(paths: Iterable[Path]) -> None:
+    """Look whether answers can be written to files, before a model is loaded in vain.
+
+    Raises:
+        UserError: another evaluation is writing one, or its folder takes no files.
+    """
     for path in paths:
+        place = next(folder for folder in path.absolute().parents if folder.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            reason = "takes no files" if place.is_dir() else "is a file"
+            raise UserError(f"{path}: cannot be written, since {place} {reason}; choose another place for answers")
         if _place_of_lock(path).is_file():
             with claimed(path):
                 pass

@@ -93,7 +93,7 @@ def _examine_questions(folder: Path, selected: TaskSplit) -> Finding:
         advice = "replace the file by the published one"
         return Finding(label=selected.label, level="missing", subject="questions", detail=str(error), advice=advice)
     absent = absent_images(questions)
-    subject = f"{len(questions)} questions"
+    subject = f"{len(questions):,} question{'s' if len(questions) > 1 else ''}"
     if not absent:
         return Finding(label=selected.label, level="ok", subject=subject)
     return Finding(

@@ -313,8 +313,10 @@ def build_parser(prog: str = "llava-saep chat") -> argparse.ArgumentParser:
     parser.add_flag("load-8bit", action="store_true", help="round the language model to 8 bits")
     parser.add_flag("load-4bit", action="store_true", help="round the language model to 4 bits")
     parser.add_flag("temperature", type=float, default=0.2, help="0 decodes greedily (default: %(default)s)")
-    parser.add_flag("top-p", type=float, default=1.0)
-    parser.add_flag("max-new-tokens", type=int, default=512)
+    parser.add_flag(
+        "top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass (default: %(default)s)"
+    )
+    parser.add_flag("max-new-tokens", type=int, default=512, help="longest answer, in tokens (default: %(default)s)")
     add_engine_flags(parser)
     parser.add_flag("seed", type=int, help="makes sampled answers repeat themselves")
     parser.add_flag("debug", action="store_true", help="print each prompt as the model sees it, and its answer")

@@ -182,7 +182,7 @@ def describe_use(use: PresetUse, notes: Collection[str]) -> str:
     values = ", ".join(f"{name} {value}" for name, value in use.values.items())
     lines = [f"--stage {use.stage} (LLaVA-1.5's {use.preset.source}) sets {values}"]
     if use.overridden:
-        lines.append(f"  your flags decide: {', '.join(use.overridden)}")
+        lines.append(f"  left to your flags: {', '.join(use.overridden)}")
     if notes:
         lines.append(f"  here: {'; '.join(notes)}")
     return "\n".join(lines)

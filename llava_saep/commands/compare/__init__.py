@@ -98,6 +98,7 @@ def write_reports(comparison: Comparison, results: Results, command: Sequence[st
         "num_jobs": comparison.num_jobs,
         "num_threads": comparison.placement.num_threads,
         "recipe": comparison.plan["recipe"],
+        "is_embedded": comparison.is_embedded,
     }
     written = write_report(results, facts, comparison.folder, comparison.recipe.image_folder, NUM_DISAGREEMENTS)
     header, rows = first_table(results)

@@ -44,6 +44,7 @@ class Comparison:
         questions: what is asked, of which the first are used to measure speed.
         trusted: labels whose projector is code that the user has named or trusts.
         judge: rates free answers to benchmarks, if anybody does.
+        is_embedded: training is on the generated images that come with this project.
     """
 
     runs: tuple[Run, ...]
@@ -56,6 +57,7 @@ class Comparison:
     reference: str | None
     trusted: frozenset[str]
     judge: Judge | None = None
+    is_embedded: bool = False
 
 
 def plan_comparison(arguments: argparse.Namespace) -> Comparison:
@@ -102,6 +104,7 @@ def _plan_training(arguments: argparse.Namespace) -> Comparison:
         num_jobs=arguments.jobs or _default_jobs(placement),
         reference=reference,
         trusted=frozenset(choice.label for choice in choices if ":" in choice.name),
+        is_embedded=not arguments.recipe,
     )
 
 

@@ -32,6 +32,8 @@ def main(argv: Sequence[str]) -> int:
     if arguments.json:
         print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
     else:
+        if not data_dir.is_dir():
+            print(f"--data-dir {data_dir}: no such folder here; make it, or name another one\n")
         print("\n".join(map(format_finding, findings)))
         ready = [selected.label for selected in tasks if selected.label not in missing]
         print(f"\nready: {', '.join(ready) or 'none'}\nsomething is missing: {', '.join(sorted(missing)) or 'none'}")

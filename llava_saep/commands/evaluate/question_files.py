@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from llava_saep.evaluation import ranks
-from llava_saep.evaluation.answer_files import refuse_claimed
+from llava_saep.evaluation.answer_files import check_free
 from llava_saep.evaluation.evaluate import Evaluation, answer_files, evaluate_questions, excluded_note
 from llava_saep.evaluation.questions import as_task_question, read_questions
 from llava_saep.evaluation.report import report_rows, terminal_table
@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     from llava_saep.commands.evaluate.model import chosen_model, chosen_output_dir
 
     output_dir = chosen_output_dir(arguments)
-    ranks.from_rank_zero(lambda: refuse_claimed(answer_files(output_dir, blind=arguments.blind)))
+    ranks.from_rank_zero(lambda: check_free(answer_files(output_dir, blind=arguments.blind)))
     evaluation = evaluate_questions(
         chosen_model(arguments),
         questions,

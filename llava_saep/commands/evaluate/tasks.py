@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llava_saep.commands.evaluate.flags import DEFAULT_BATCH_SIZE
 from llava_saep.errors import UserError
-from llava_saep.evaluation.answer_files import refuse_claimed
+from llava_saep.evaluation.answer_files import check_free
 from llava_saep.evaluation.benchmarks import (
     BenchmarkSettings,
     answer_file,
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--task {arguments.task!r} names no benchmark; --task list prints all")
     settings = _settings(arguments, tasks, chosen_output_dir(arguments))
     check_benchmarks(tasks, settings)
-    ranks.from_rank_zero(lambda: refuse_claimed(answer_file(settings, each) for each in tasks))
+    ranks.from_rank_zero(lambda: check_free(answer_file(settings, each) for each in tasks))
     entries = evaluate_benchmarks(AskedModel.load(chosen_model(arguments)), tasks, settings)
     if not entries:
         return 0

@@ -95,7 +95,7 @@ def write_plan(folder: Path, plan: Mapping[str, Any]) -> None:
 def _refuse_other_plan(
     folder: Path, stored: Mapping[str, Any], plan: Mapping[str, Any], differing: Sequence[str]
 ) -> None:
-    what = f"{', '.join(differing)} differ"
+    what = f"other {' and '.join(differing)}"
     if set(differing) <= {"recipe", "questions"}:
         steps = list(_EVALUATION_STEPS)
         if "recipe" in differing:
@@ -105,7 +105,7 @@ def _refuse_other_plan(
         done = [(step, num_runs) for step in dict.fromkeys(steps) if (num_runs := _count_runs_with(folder, step))]
         if not done:
             return
-        what += ", and " + ", ".join(f"{num_runs} of its runs have done {step}" for step, num_runs in done)
+        what += "; " + ", ".join(f"{step} is done in {num_runs} of its runs" for step, num_runs in done)
     raise UserError(f"--output-dir {folder}: holds another comparison ({what}); name another folder")
 
 

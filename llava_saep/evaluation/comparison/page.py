@@ -74,9 +74,10 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; backgrou
   details::details-content { content-visibility: visible; height: auto; } }
 """
 
-_SCOPE = (
-    "These are measurements of this data, these sizes and this budget. Small models on generated images say something "
-    "about the code and about tendencies; they are not a projector's result on public benchmarks with large models."
+_SCOPE = "These are measurements of these questions, these sizes and this training."
+_SCOPE_OF_EMBEDDED = (
+    "Small models on generated images say something about the code and about tendencies; they are not a projector's "
+    "result on public benchmarks with large models."
 )
 
 
@@ -84,7 +85,7 @@ def page(results: Results, facts: Mapping[str, Any], image_folder: Path, num_exa
     """The whole page.
 
     Args:
-        facts: title, command, machine, num_jobs, num_threads, recipe.
+        facts: title, command, machine, num_jobs, num_threads, recipe, is_embedded (trained on the generated images).
         image_folder: what the questions' images are relative to; those shown are put into the page.
     """
     sections = [
@@ -94,7 +95,7 @@ def page(results: Results, facts: Mapping[str, Any], image_folder: Path, num_exa
         _tokens(results),
         _costs(results, facts),
         _curves(results),
-        _disagreements(disagreements(results, num_examples), image_folder),
+        _disagreements(results, num_examples, image_folder),
         _lines("To be known", all_remarks(results)),
         _lines("Failed", failure_lines(results)),
         _circumstances(results, facts),
@@ -111,10 +112,11 @@ def _heading(facts: Mapping[str, Any], results: Results) -> str:
     if results.asks_benchmarks:
         return f"<h1>Models compared</h1><p>{escape(facts['title'])}</p>"
     num_images = len({question.image for question in results.questions} - {None})
+    scope = f"{_SCOPE} {_SCOPE_OF_EMBEDDED}" if facts["is_embedded"] else _SCOPE
     return (
         f"<h1>{results.compared.capitalize()}s compared</h1><p>{escape(facts['title'])}</p>"
         f"<p class=soft>{len(results.questions):,} questions about {num_images:,} images, the same to all; answers are "
-        f"generated freely (greedily) and their final words are scored. {_SCOPE}</p>"
+        f"generated freely (greedily) and their final words are scored. {scope}</p>"
     )
 
 
@@ -153,8 +155,8 @@ def _differences(results: Results) -> str:
         "<p class=soft>Accuracy less the reference's, over all questions, for equal seeds. Thin: 95 % by Student's t "
         "over the seeds' differences. Thick: 95 % by bootstrap over images (whole images drawn again, models held "
         "fixed): how much it depends on which images were asked about. An interval on one side of zero under both is "
-        "a difference; with many projectors at once, one in twenty intervals misses by chance alone. McNemar's exact "
-        "test is told where each side is a single model.</p>"
+        f"a difference; with many {results.compared}s at once, one in twenty intervals misses by chance alone. "
+        "McNemar's exact test is told where each side is a single model.</p>"
     )
 
 
@@ -204,16 +206,21 @@ def _headlines(results: Results) -> dict[str, dict[str, Interval]]:
 
 
 def _costs(results: Results, facts: Mapping[str, Any]) -> str:
-    threads = f"{facts['num_threads']} thread{'s' if facts['num_threads'] > 1 else ''}"
-    at_once = f"at most {facts['num_jobs']} run{'s' if facts['num_jobs'] > 1 else ''} at once"
-    return (
-        "<h2>Costs</h2>" + table(cost_table(results)) + "<p class=soft>Means over the finished runs. Training: "
-        f"seconds of the training steps, without start-up, held-out losses and saving, {threads} per run and "
-        f"{at_once}, so that other runs and programs count into it; CPU-seconds are the whole training processes' and "
-        "do not count others'. First token: median (quartiles) from a question to its first token, image read and "
-        "prepared, one question at a time, measured after all training with nothing else of this comparison running. "
-        "Peak: on a processor all memory of the process, most of it the libraries'; tensors on a GPU.</p>"
-    )
+    notes = [
+        "First token: median (quartiles) from a question to its first token, image read and prepared, one question at "
+        "a time, with nothing else of this comparison running. Peak: on a processor all memory of the process, most of "
+        "it the libraries'; tensors on a GPU."
+    ]
+    if results.trains:
+        threads = f"{facts['num_threads']} thread{'s' if facts['num_threads'] > 1 else ''}"
+        at_once = f"at most {facts['num_jobs']} run{'s' if facts['num_jobs'] > 1 else ''} at once"
+        training = (
+            "Means over the finished runs. Training: seconds of the training steps, without start-up, held-out losses "
+            f"and saving, {threads} per run and {at_once}, so that other runs and programs count into it; CPU-seconds "
+            "are the whole training processes' and do not count others'."
+        )
+        notes.insert(0, training)
+    return f"<h2>Costs</h2>{table(cost_table(results))}<p class=soft>{' '.join(notes)}</p>"
 
 
 def _curves(results: Results) -> str:
@@ -252,14 +259,14 @@ def _panels(title: str, curves: Mapping[str, tuple[Curve, ...]], *, unit: str, a
     return f"<h3>{escape(title)}</h3><div class=panels>{''.join(panels)}</div>" if panels else ""
 
 
-def _disagreements(found: Sequence[Disagreement], image_folder: Path) -> str:
-    if not found:
+def _disagreements(results: Results, num_examples: int, image_folder: Path) -> str:
+    cards = "".join(_card(one, image_folder) for one in disagreements(results, num_examples))
+    if not cards:
         return ""
-    cards = "".join(_card(one, image_folder) for one in found)
+    shown = "Shown is the first seed's answer and how many runs were right." if results.trains else ""
     return (
-        "<h2>Where they disagree</h2><p class=soft>The questions that divide the projectors most evenly, one per "
-        "image, kinds of question taking turns; not picked by eye. Shown is the first seed's answer and how many runs "
-        f"were right.</p><div class=cards>{cards}</div>"
+        f"<h2>Where they disagree</h2><p class=soft>The questions that divide the {results.compared}s most evenly, one "
+        f"per image, kinds of question taking turns; not picked by eye. {shown}</p><div class=cards>{cards}</div>"
     )
 
 

@@ -150,6 +150,11 @@ class Results:
     benchmarks: tuple[BenchmarkRow, ...] = ()
     remarks: tuple[str, ...] = ()
 
+    @property
+    def trains(self) -> bool:
+        """Whether the comparison trained what it compares."""
+        return self.compared == "projector"
+
 
 def collect(runs: Sequence[Run], recipe: Recipe, reference: str | None) -> Results:
     """Read what the runs have written.

@@ -61,34 +61,29 @@ def _accuracy_cells(entry: Entry, categories: Sequence[str]) -> list[str]:
 
 
 def cost_table(results: Results) -> Table:
-    """What each costs: sizes, time of training, first token, memory."""
-    header = [
-        results.compared,
-        "tokens per image",
-        "projector's parameters",
-        "all parameters",
-        "training, s",
-        "training, CPU-s",
-        "first token, ms",
-        "peak training, MiB",
-        "peak answering, MiB",
-    ]
-    return header, [_cost_row(entry) for entry in results.entries]
+    """What each costs: sizes, first token, memory, and the time of training where something was trained."""
+    rows = [_costs(entry) for entry in results.entries]
+    columns = [name for name in _costs(results.entries[0]) if results.trains or not name.startswith(_OF_TRAINING)]
+    labels = [entry.label for entry in results.entries]
+    cells = [[label, *(row[name] for name in columns)] for label, row in zip(labels, rows, strict=True)]
+    return [results.compared, *columns], cells
 
 
-def _cost_row(entry: Entry) -> list[str]:
+_OF_TRAINING = ("training", "peak training")
+
+
+def _costs(entry: Entry) -> dict[str, str]:
     speed = entry.speed or {}
-    return [
-        entry.label,
-        _number(speed.get("tokens_per_image")),
-        _number(speed.get("num_projector_parameters")),
-        _number(speed.get("num_parameters")),
-        _mean([one.train_seconds for one in entry.finished]),
-        _mean([one.train_cpu_seconds for one in entry.finished]),
-        _first_token(speed),
-        _mean([_mebibytes(one.train_peak_bytes) for one in entry.finished]),
-        _mean([_mebibytes(one.answer_peak_bytes) for one in entry.finished]),
-    ]
+    return {
+        "tokens per image": _number(speed.get("tokens_per_image")),
+        "projector's parameters": _number(speed.get("num_projector_parameters")),
+        "all parameters": _number(speed.get("num_parameters")),
+        "training, s": _mean([one.train_seconds for one in entry.finished]),
+        "training, CPU-s": _mean([one.train_cpu_seconds for one in entry.finished]),
+        "first token, ms": _first_token(speed),
+        "peak training, MiB": _mean([_mebibytes(one.train_peak_bytes) for one in entry.finished]),
+        "peak answering, MiB": _mean([_mebibytes(one.answer_peak_bytes) for one in entry.finished]),
+    }
 
 
 def _first_token(speed: Mapping[str, Any]) -> str:

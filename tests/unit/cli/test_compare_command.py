@@ -220,6 +220,7 @@ def test_trained_models_are_compared_by_their_answers(models, monkeypatch, capsy
     results = json.loads((models / "out" / "results.json").read_text())
     page = (models / "out" / "report.html").read_text()
     assert "<h1>Models compared</h1>" in page and "<th>model</th>" in page and "<th>projector</th>" not in page
+    assert "training, s" not in page and "generated images" not in page and "divide the projectors" not in page
     assert sorted(entry["label"] for entry in results["entries"]) == ["mlp2x_gelu-stage2", "saep-stage2"]
     for entry in results["entries"]:
         assert entry["speed"]["tokens_per_image"] == {"saep-stage2": 9, "mlp2x_gelu-stage2": 36}[entry["label"]]
@@ -271,7 +272,7 @@ def test_what_was_left_out_of_benchmarks_is_told_and_other_settings_are_another_
     for name in ("report.md", "report.html", "results.json"):
         assert remark in (models / "out" / name).read_text(), name
     assert main([*command, "--max-new-tokens", "5"]) == 2
-    assert "holds another comparison (recipe differ, and 1 of its runs have done evaluation" in capsys.readouterr().err
+    assert "holds another comparison (other recipe; evaluation is done in 1 of its runs" in capsys.readouterr().err
 
 
 def test_judge_rates_free_answers_and_one_that_fails_is_asked_again(models, monkeypatch, capsys):

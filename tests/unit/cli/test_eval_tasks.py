@@ -1,6 +1,7 @@
 """`llava-saep eval --task` from its flags to its results, with a tiny model and small benchmarks."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -313,6 +314,18 @@ def test_folder_that_is_being_written_is_refused_before_the_model_is_loaded(data
         assert "no such folder" in mistake(capsys, *flags, "--task", "pope")
 
 
+@pytest.mark.parametrize("reason", ["is a file", "takes no files"])
+def test_place_that_takes_no_answers_is_told_before_the_model_is_loaded(data_dir, capsys, monkeypatch, reason):
+    out = data_dir.parent / "out"
+    if reason == "is a file":
+        out.write_text("")
+    else:
+        monkeypatch.setattr(os, "access", lambda folder, mode: False)  # whoever is root may write anywhere
+    flags = ["--model-path", "absent", "--data-dir", data_dir, "--output-dir", out, "--task", "pope"]
+    place = out if reason == "is a file" else out.parent
+    assert f"cannot be written, since {place} {reason}" in mistake(capsys, *flags)
+
+
 def test_malformed_questions_of_any_benchmark_are_found_before_the_first_is_run(data_dir, capsys):
     (data_dir / "spatial_scenes" / "held_out" / "questions.jsonl").write_text("{\n")
     flags = ["--model-path", TINY_MODEL, "--device", "cpu", "--data-dir", data_dir, "--output-dir", data_dir / "out"]
@@ -587,6 +600,11 @@ def test_doctor_has_scenes_written_where_it_looked(tmp_path, capsys):
     folder = tmp_path / "my data"
     assert main(["eval", "doctor", "--task", "spatial_scenes", "--data-dir", str(folder)]) == 1
     assert f"-> python -m playground.spatial_scenes --output '{folder}/spatial_scenes'" in capsys.readouterr().out
+
+
+def test_doctor_says_where_there_is_no_folder_at_all(tmp_path, capsys):
+    assert main(["eval", "doctor", "--task", "pope", "--data-dir", str(tmp_path / "absent")]) == 1
+    assert capsys.readouterr().out.startswith(f"--data-dir {tmp_path / 'absent'}: no such folder here")
 
 
 def test_doctor_finds_questions_that_cannot_be_read(data_dir, capsys):

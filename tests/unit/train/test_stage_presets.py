@@ -58,4 +58,4 @@ def test_what_the_command_line_asks_for_is_not_taken_back():
     own = ["--bf16", "True", "--deepspeed", "own.json"]
     fitted, said = fit("--stage", "pretrain", *own, on_accelerator=False, has_bf16=False, world_size=1)
     assert fitted["bf16"] and fitted["deepspeed"] == "own.json"
-    assert "your flags decide: bf16, deepspeed" in said
+    assert "left to your flags: bf16, deepspeed" in said

@@ -20,7 +20,7 @@ def test_folder_of_another_comparison_is_refused(tmp_path):
         write_plan(tmp_path / "out", {"kind": "training", "device": "cpu"})
     with (
         claimed(tmp_path / "out"),
-        pytest.raises(UserError, match="holds another comparison \\(device differ\\)"),
+        pytest.raises(UserError, match="holds another comparison \\(other device\\)"),
     ):
         write_plan(tmp_path / "out", {"kind": "training", "device": "cuda"})
     assert json.loads((tmp_path / "out" / "comparison.json").read_text())["device"] == "cpu"
@@ -58,7 +58,7 @@ def test_plan_of_earlier_code_that_lacks_a_key_is_gone_on_from(tmp_path):
     (tmp_path / "runs" / "saep" / "seed0" / "evaluation.json").write_text("{}")
     write_plan(tmp_path, {"kind": "training", "questions": "abc"})
     assert json.loads((tmp_path / "comparison.json").read_text())["questions"] == "abc"
-    with pytest.raises(UserError, match="questions differ"):
+    with pytest.raises(UserError, match="other questions; evaluation is done in 1 of its runs"):
         write_plan(tmp_path, {"kind": "training", "questions": "abd"})
 
 
@@ -93,7 +93,7 @@ def test_recipe_may_be_corrected_where_no_run_has_come_to(tmp_path, caplog, done
         assert json.loads((tmp_path / "comparison.json").read_text()) == changed
         assert "the recipe changed since" in caplog.text
         return
-    with pytest.raises(UserError, match=f"recipe differ, and .*1 of its runs have done {refused_for}.*; name another"):
+    with pytest.raises(UserError, match=rf"other recipe; .*{refused_for} is done in 1 of its runs.*\); name another"):
         write_plan(tmp_path, changed)
     assert json.loads((tmp_path / "comparison.json").read_text()) == plan
 
@@ -105,5 +105,5 @@ def test_reworded_question_is_another_comparison_once_one_was_answered(tmp_path,
     write_plan(tmp_path, {"kind": "training", "questions": "abd"})
     (tmp_path / "runs" / run).mkdir(parents=True)
     (tmp_path / "runs" / run / "evaluation.json").write_text("{}")
-    with pytest.raises(UserError, match="questions differ, and 1 of its runs have done evaluation"):
+    with pytest.raises(UserError, match="other questions; evaluation is done in 1 of its runs"):
         write_plan(tmp_path, {"kind": "training", "questions": "abe"})

@@ -23,6 +23,7 @@ FACTS = {
     "num_jobs": 2,
     "num_threads": 1,
     "recipe": {"stages": []},
+    "is_embedded": False,
 }
 # Questions in the file's order: count, relation, count, relation, ... two about each of four images
 GOOD = [[True] * 8, [True] * 7 + [False]]
@@ -109,6 +110,15 @@ def test_training_time_is_that_of_the_steps(runs, recipe):
     assert entry.finished[0].train_seconds == pytest.approx(6.0)  # three times 100 tokens at 50 per second
     assert entry.finished[0].train_cpu_seconds == 8.0
     assert entry.loss["stage1"][0].values == pytest.approx((2.0, 1.0, 2 / 3))
+
+
+@pytest.mark.parametrize("is_embedded", [True, False])
+def test_page_says_what_generated_images_do_not_show_where_they_are_what_was_trained_on(
+    runs, recipe, tmp_path, is_embedded
+):
+    facts = {**FACTS, "is_embedded": is_embedded}
+    written = write_report(collect(runs, recipe, "bad"), facts, tmp_path, recipe.image_folder, num_examples=1)
+    assert ("Small models on generated images" in written["page"].read_text()) == is_embedded
 
 
 def test_questions_without_an_image_stand_for_themselves(tmp_path, recipe):
