@@ -117,6 +117,8 @@ def _write_embedded_recipe(arguments: argparse.Namespace, folder: Path) -> Path:
         )
     command = [sys.executable, "-m", "playground.comparison", "--output_dir", str(folder.absolute())]
     command += ["--world", arguments.world or DEFAULT_WORLD, "--budget", arguments.budget or DEFAULT_BUDGET]
+    if not (folder / "data").is_dir():
+        print(f"generating images and conversations in {folder / 'data'}", flush=True)
     search_path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     result = subprocess.run(command, env={**os.environ, "PYTHONPATH": search_path}, stderr=subprocess.PIPE, text=True)
     if result.returncode:

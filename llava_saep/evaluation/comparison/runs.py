@@ -247,6 +247,9 @@ class Runner:
         began, pending = time.monotonic(), [run for run in runs if run.open_steps]
         if len(pending) < len(runs):
             self._say(f"{len(runs) - len(pending)} of {len(runs)} runs are there already")
+        if pending:
+            at_once = min(self._num_jobs, len(pending))
+            self._say(f"{len(pending)} run{'s' if len(pending) > 1 else ''} to go, {at_once} at once")
         with ThreadPoolExecutor(max_workers=self._num_jobs) as pool:
             open_futures = {pool.submit(self._do_run, run) for run in pending}
             num_pending = len(open_futures)
