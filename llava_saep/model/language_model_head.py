@@ -49,6 +49,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_states: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+        """Sum over the rows of hidden_states (rows, width); weight is (vocabulary, width), targets (rows,) its rows."""
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         total = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
         hidden_gradient = torch.zeros_like(hidden_states) if wants_hidden else None

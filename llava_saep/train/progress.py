@@ -77,6 +77,7 @@ class TrainingProgress(TrainerCallback):
         self._began, self._first_step, self._last_line = 0.0, 0, 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock and, in a terminal, the bar, at the step that a resumed run goes on from."""
         if not state.is_world_process_zero:
             return
         self._began = self._last_line = self._read_clock()

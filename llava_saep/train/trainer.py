@@ -152,6 +152,7 @@ class LlavaTrainer(Trainer):
     # Losses that are no numbers
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        """Learn from a micro-batch, or from nothing where `--on_nan_loss skip` leaves it out."""
         self._sample_indices = inputs.pop(SAMPLE_INDICES)
         try:
             return super().training_step(model, inputs, num_items_in_batch)
@@ -182,6 +183,7 @@ class LlavaTrainer(Trainer):
     # Held-out records
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        """Batches of this rank's share of the held-out records, each record on one rank alone."""
         shard = HeldOutShard(
             self.eval_dataset if eval_dataset is None else eval_dataset,
             rank=self.args.process_index,
@@ -200,6 +202,7 @@ class LlavaTrainer(Trainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
+        """Loss and share of right tokens over all ranks' records; predictions are not kept."""
         self.callback_handler.eval_dataloader = dataloader
 
         def on_batch() -> None:

@@ -97,11 +97,9 @@ def _refuse_other_plan(
 ) -> None:
     what = f"other {' and '.join(differing)}"
     if set(differing) <= {"recipe", "questions"}:
-        steps = list(_EVALUATION_STEPS)
-        if "recipe" in differing:
-            steps = _steps_that_differ(stored["recipe"], plan["recipe"])
-            if "questions" in differing:
-                steps += _EVALUATION_STEPS
+        steps = _steps_that_differ(stored["recipe"], plan["recipe"]) if "recipe" in differing else []
+        if "questions" in differing:
+            steps = [*steps, *_EVALUATION_STEPS]
         done = [(step, num_runs) for step in dict.fromkeys(steps) if (num_runs := _count_runs_with(folder, step))]
         if not done:
             return

@@ -107,3 +107,12 @@ def test_reworded_question_is_another_comparison_once_one_was_answered(tmp_path,
     (tmp_path / "runs" / run / "evaluation.json").write_text("{}")
     with pytest.raises(UserError, match="other questions; evaluation is done in 1 of its runs"):
         write_plan(tmp_path, {"kind": "training", "questions": "abe"})
+
+
+def test_reworded_question_is_not_passed_over_where_the_recipe_has_another_title_too(tmp_path):
+    """The title alone has no say in what was done; the questions have."""
+    write_plan(tmp_path, {"recipe": RECIPE, "questions": "abc"})
+    (tmp_path / "runs" / "saep" / "seed0").mkdir(parents=True)
+    (tmp_path / "runs" / "saep" / "seed0" / "evaluation.json").write_text("{}")
+    with pytest.raises(UserError, match="other questions and recipe; evaluation is done in 1 of its runs"):
+        write_plan(tmp_path, {"recipe": {**RECIPE, "title": "b"}, "questions": "abd"})
