@@ -62,7 +62,7 @@ class QuantizationConfig:
             UserError: both are set, or bitsandbytes is not installed.
         """
         if load_4bit and load_8bit:
-            raise UserError("load_4bit and load_8bit are both set; choose one")
+            raise UserError("load_4bit and load_8bit (--load-4bit, --load-8bit) are both set; choose one")
         if not (load_4bit or load_8bit):
             return None
         require_bitsandbytes("load_4bit" if load_4bit else "load_8bit")

@@ -19,6 +19,7 @@ from ._sources import EVAL_ZIP
 
 QUESTION_FILE = "llava-seed-bench.jsonl"
 ANNOTATION_FILE = "SEED-Bench.json"
+LETTERS = ("A", "B", "C", "D")
 
 
 def read_seed_annotations(path: Path) -> tuple[list[dict[str, Any]], dict[int, str]]:
@@ -89,6 +90,12 @@ class SeedBench(Task):
         by_id = {str(annotation["question_id"]): annotation for annotation in annotations}
         asked = self.questions(folder, split)
         matched = match_labels(asked, answers, lambda question: by_id.get(str(question.question_id)), str(path))
+        unlabelled = [annotation for annotation in matched.labels if annotation["answer"] not in LETTERS]
+        if unlabelled:
+            raise UserError(
+                f"{path}: the answer of {len(unlabelled)} questions is none of {', '.join(LETTERS)}, the first one "
+                f"with question_id {unlabelled[0]['question_id']!r}: {unlabelled[0]['answer']!r}"
+            )
         is_right = [
             float(text == annotation["answer"]) for annotation, text in zip(matched.labels, matched.texts, strict=True)
         ]

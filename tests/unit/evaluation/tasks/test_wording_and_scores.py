@@ -361,6 +361,15 @@ def test_seed_bench_takes_the_letter_alone(ask):
     assert values(score("A.", "C").metrics) == {"accuracy": 0.5, "image accuracy": 0, "video accuracy": 1}
 
 
+@pytest.mark.parametrize("label", ["c", "", "2"])
+def test_seed_bench_takes_no_label_that_is_no_letter(ask, label):
+    _, folder, score = ask("seed_bench", "test")
+    path = folder / "SEED-Bench.json"
+    path.write_text(path.read_text().replace('"answer": "C"', f'"answer": "{label}"'))
+    with pytest.raises(UserError, match="SEED-Bench.json: the answer of 1 questions is none of A, B, C, D, the first "):
+        score("A", "C")
+
+
 @pytest.mark.parametrize(
     ("name", "split", "question_file"),
     [
