@@ -119,6 +119,7 @@ class DenseConnectorConfig(ProjectorConfig):
     def default_vision_layers(
         cls, num_vision_layers: int | None = None, options: Mapping[str, Any] = MappingProxyType({})
     ) -> tuple[int, ...]:
+        """With dci all layers, in two equal halves, and the base; else the published ones and the base."""
         depth = num_vision_layers or _REFERENCE_DEPTH
         base = depth - 1
         if options.get("kind", _DEFAULT_KIND) == "dci":

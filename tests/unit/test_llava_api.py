@@ -163,7 +163,7 @@ def test_base_of_an_adapter_is_named_as_in_llava():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"load_4bit": True, "load_8bit": True}, "load_4bit and load_8bit .* are both set; choose one"),
+        ({"load_4bit": True, "load_8bit": True}, r"load_8bit \(--load-4bit, --load-8bit\) are both set"),
         ({"device_map": "balanced"}, "device_map 'balanced': expected 'auto'"),
         ({"max_memory": {}}, "does not know max_memory"),
     ],

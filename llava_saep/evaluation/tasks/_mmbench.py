@@ -32,7 +32,7 @@ from ._base import (
 )
 from ._files import read_text, writing
 from ._matching import match_answers, texts_by_id
-from ._options import list_options, read_letter
+from ._options import check_letter_labels, list_options, read_letter
 from ._scoring import grouped, mean_metric, mean_rows
 from ._sources import OPTION_LETTER
 
@@ -226,12 +226,7 @@ class MMBenchTask(Task):
             raise UserError(f"{self.name}:{split}: the labels are hidden; upload the xlsx file to MMBench's server")
         path = self._table(folder, split)
         truths = {int(row["index"] or 0): row.get("answer") for row in read_table(path)}
-        unlabelled = [index for index, truth in truths.items() if truth not in LETTERS]
-        if unlabelled:
-            raise UserError(
-                f"{path}: the answer of {len(unlabelled)} rows is none of {', '.join(LETTERS)}, the first one "
-                f"with index {unlabelled[0]}: {truths[unlabelled[0]]!r}"
-            )
+        check_letter_labels(truths, LETTERS, str(path))
         questions = self.questions(folder, split)
         matched = match_answers(questions, answers)
         letters = [

@@ -1,9 +1,11 @@
-"""Multiple choice by letter: wording, and reading the letter from an answer."""
+"""Multiple choice by letter: wording, labels, and reading the letter from an answer."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from llava_saep.errors import UserError
 
 LETTERS = "ABCDEFGH"
 
@@ -30,6 +32,23 @@ def read_letter(text: str, options: Sequence[str]) -> str | None:
         return stated.group(1)
     words = [_plain(option) for option in options]
     return offered[words.index(_plain(text))] if _plain(text) in words else None
+
+
+def check_letter_labels(labels: Mapping[int | str, str | None], letters: Sequence[str], place: str) -> None:
+    """Refuse labels that no answer can equal: they would make every answer to their questions wrong.
+
+    Args:
+        labels: the right answer by the question's id.
+        place: names the file they come from.
+    Raises:
+        UserError: a label is none of the letters.
+    """
+    wrong = [id_ for id_, label in labels.items() if label not in letters]
+    if wrong:
+        raise UserError(
+            f"{place}: labels that are none of {', '.join(letters)}: {len(wrong)}, the first one that of question "
+            f"{wrong[0]!r}: {labels[wrong[0]]!r}"
+        )
 
 
 def _plain(text: str) -> str:

@@ -14,6 +14,7 @@ from llava_saep.errors import UserError
 from ._base import Answer, Requirement, Task, TaskQuestion, TaskResult
 from ._files import ID, read_json, read_task_questions, required, write_json_lines
 from ._matching import match_labels, texts_by_id, unasked
+from ._options import check_letter_labels
 from ._scoring import grouped, mean_metric, mean_rows
 from ._sources import EVAL_ZIP
 
@@ -90,12 +91,7 @@ class SeedBench(Task):
         by_id = {str(annotation["question_id"]): annotation for annotation in annotations}
         asked = self.questions(folder, split)
         matched = match_labels(asked, answers, lambda question: by_id.get(str(question.question_id)), str(path))
-        unlabelled = [annotation for annotation in matched.labels if annotation["answer"] not in LETTERS]
-        if unlabelled:
-            raise UserError(
-                f"{path}: the answer of {len(unlabelled)} questions is none of {', '.join(LETTERS)}, the first one "
-                f"with question_id {unlabelled[0]['question_id']!r}: {unlabelled[0]['answer']!r}"
-            )
+        check_letter_labels({label["question_id"]: label["answer"] for label in matched.labels}, LETTERS, str(path))
         is_right = [
             float(text == annotation["answer"]) for annotation, text in zip(matched.labels, matched.texts, strict=True)
         ]
